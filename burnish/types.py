@@ -87,6 +87,7 @@ class Sample:
     input_ids: np.ndarray  # [S] int32
     labels: np.ndarray  # [S] int32
     place: str = ""
+    documents: tuple[int, ...] = ()  # lengths of the texts that a row of several holds (pt); () where it is all one
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -1,0 +1,191 @@
+"""The order of samples, and samples → `Batch`.
+
+The order of epoch e is a permutation drawn from (seed, e) alone, so any position can be found again without replaying
+what came before: that is what makes a resumed run see the same rows. `collate` lays samples end to end;
+`collate_padded` makes the padded batches of models that need them. A torch `DataLoader` puts both together, so its
+workers, pinning and prefetching are at the user's disposal (`dataloader_*`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from burnish.types import IGNORE_INDEX, Batch, Sample
+
+Collate = Callable[[Sequence[Sample]], Batch]
+
+
+class EpochOrder(Sampler[list[int]]):
+    """Batches of indices: epoch e is shuffled by (seed, e), the batches before `skip` are left out.
+
+    >>> order = EpochOrder(5, batch_size=2, seed=42, shuffle=False); order.set_epoch(0); list(order)
+    [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, seed: int, shuffle: bool = True, drop_last: bool = False):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        self.epoch, self.skip = epoch, skip
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, whatever is skipped."""
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (0 if self.drop_last or not rest else 1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.num_samples)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        for batch in range(self.skip, len(self)):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+
+
+class StreamOrder(IterableDataset):
+    """A stream of samples in the place of `EpochOrder`: endless, each time in another order, begun at any batch."""
+
+    def __init__(self, stream: Any, batch_size: int):
+        self.stream, self.batch_size = stream, batch_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self) -> Iterator[Sample]:
+        return islice(self._endless(), self.skip * self.batch_size, None)
+
+    def _endless(self) -> Iterator[Sample]:
+        for epoch in count(self.epoch):
+            self.stream.set_epoch(epoch)
+            empty = True
+            for sample in self.stream:
+                empty = False
+                yield sample
+            if empty:
+                return
+
+
+def make_loader(
+    samples: Any,
+    batch_size: int,
+    collate: Collate,
+    *,
+    seed: int,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    options: dict[str, Any] | None = None,
+) -> DataLoader:
+    """A DataLoader of `Batch`es over a store or a stream. `options` are torch's (num_workers, pin_memory, ...).
+
+    Its own generator keeps the global rng out of it: an epoch's beginning must not move the dropout of a resumed run.
+    """
+    options = dict(options or {})
+    generator = torch.Generator()
+    if not hasattr(samples, "__getitem__"):
+        options |= {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}  # one reader, one order
+        order = StreamOrder(samples, batch_size)
+        return DataLoader(
+            order, batch_size=batch_size, collate_fn=collate, drop_last=drop_last, generator=generator, **options
+        )
+    order = EpochOrder(len(samples), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last)
+    return DataLoader(samples, batch_sampler=order, collate_fn=collate, generator=generator, **options)
+
+
+def order_of(loader: DataLoader) -> EpochOrder | StreamOrder:
+    """Where the epoch and the place to begin at are set."""
+    return loader.dataset if isinstance(loader.dataset, StreamOrder) else loader.batch_sampler  # type: ignore[return-value]
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples laid end to end, with no padding.
+
+    [[a b c], [d e]]  →  input_ids    [[a b c d e]]      cu_seq_lens_q [0 3 5]
+                         position_ids [[0 1 2 0 1]]      labels of a and d are ignored: nothing predicts them
+    A sample that itself holds several documents (`Sample.documents`) has a border at each.
+    """
+    ids = torch.from_numpy(np.concatenate([s.input_ids for s in samples]).astype(np.int64))  # [T]
+    labels = torch.from_numpy(np.concatenate([s.labels for s in samples]).astype(np.int64))  # [T]
+    lengths = [n for s in samples for n in (s.documents or (len(s),))]
+    borders = np.concatenate([[0], np.cumsum(lengths)])
+    labels[borders[:-1]] = IGNORE_INDEX
+    trained_at, targets = _trained(labels[None])
+    cu_seq_lens = torch.from_numpy(borders.astype(np.int32))  # [D+1]
+    positions = torch.from_numpy(np.arange(len(ids)) - np.repeat(borders[:-1], lengths))  # [T]
+    return Batch(
+        inputs={
+            "input_ids": ids[None],
+            "position_ids": positions[None],
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        },
+        labels=labels[None],
+        trained_at=trained_at,
+        targets=targets,
+        num_trained=len(targets),
+        num_tokens=len(ids),
+        places=tuple(s.place for s in samples),
+    )
+
+
+def collate_padded(
+    samples: Sequence[Sample], *, collator: DataCollatorForSeq2Seq, takes_token_type_ids: bool = False
+) -> Batch:
+    """Samples padded to the longest, rounded up by transformers' DataCollatorForSeq2Seq. Ids become [B, S].
+
+    A `token_type_ids` of zeros is added only for a model whose forward takes it.
+    """
+    features = [
+        {"input_ids": s.input_ids.tolist(), "attention_mask": s.attention_mask.tolist(), "labels": s.labels.tolist()}
+        for s in samples
+    ]
+    batch = collator(features)
+    labels = batch.pop("labels")  # [B, S]
+    labels[:, 0] = IGNORE_INDEX
+    if takes_token_type_ids:
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    trained_at, targets = _trained(labels)
+    return Batch(
+        inputs=dict(batch),
+        labels=labels,
+        trained_at=trained_at,
+        targets=targets,
+        num_trained=len(targets),
+        num_tokens=sum(len(s) for s in samples),
+        places=tuple(s.place for s in samples),
+    )
+
+
+def make_collate(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    padding_free: bool,
+    ignore_pad_token_for_loss: bool = True,
+    takes_token_type_ids: bool = False,
+) -> Collate:
+    """The collate function for a model's path. Training on padding exists only where there is padding."""
+    if padding_free and ignore_pad_token_for_loss:
+        return collate
+    label_pad = IGNORE_INDEX if ignore_pad_token_for_loss else tokenizer.pad_token_id
+    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, label_pad_token_id=label_pad)
+    return partial(collate_padded, collator=collator, takes_token_type_ids=takes_token_type_ids)
+
+
+def _trained(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """labels [B, S] → (flat positions whose next token is trained [M], those tokens [M])."""
+    nexts = torch.full_like(labels, IGNORE_INDEX)
+    nexts[:, :-1] = labels[:, 1:]
+    nexts = nexts.flatten()
+    trained_at = (nexts != IGNORE_INDEX).nonzero()[:, 0]
+    return trained_at, nexts[trained_at]

@@ -1,0 +1,127 @@
+"""The head and its loss in one operation, without ever holding tokens × vocabulary.
+
+Formula, over positions m with hidden state h_m, target y_m and logits z = W h_m + b:
+
+    loss  = Σ_m [ (1 - ε)·(lse(z) - z_y) + ε·(lse(z) - mean(z)) ]          lse = log Σ exp, ε = label smoothing
+    ∂z_v  = softmax(z)_v - (1 - ε)·[v = y] - ε/V
+    ∂h_m  = Wᵀ ∂z          ∂W = Σ_m ∂z h_mᵀ          ∂b = Σ_m ∂z
+
+The positions are walked in tiles. A tile's logits live only while its loss *and* its gradient are computed, so the
+backward pass has nothing to recompute: it multiplies the stored gradients by the incoming scalar. (The idea of
+computing a loss's gradient in its forward is that of Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989; the
+tiles here are plain torch.) With a frozen head no gradient of W is formed. Only trained positions are handed in, so
+masked ones cost nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CPU_TILE = 256  # tokens; a tile's float32 logits at a vocabulary of 50k are 50 MB, and larger tiles gain nothing
+CUDA_TILE = 2048  # tokens; keeps the matrix units busy (smaller tiles of 256 lose a third)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    count_correct: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of `targets` under softmax(hidden @ weight.T + bias).
+
+    hidden [M, H] and weight [V, H] in one dtype, targets [M] int64, bias [V].
+    Returns (loss, correct): two scalars, float32 and int64; `correct` counts argmax hits when asked, else 0.
+    Differentiable once in hidden, weight and bias.
+    """
+    if hidden.shape[0] == 0:  # a batch with nothing to train: keep the graph, add nothing
+        return hidden.sum().float() * 0.0, torch.zeros((), dtype=torch.int64, device=hidden.device)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, count_correct)
+
+
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """The same loss as one matrix product and torch's cross_entropy: what the tiles are checked against."""
+    logits = F.linear(hidden, weight, bias).float()  # [M, V]
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        label_smoothing: float,
+        count_correct: bool,
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None  # [M, H]
+        # Sums over all tiles are kept in float32: bf16 would lose the small addends of later tiles.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None  # [V, H]
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None  # [V]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+
+        tile = CUDA_TILE if hidden.is_cuda else CPU_TILE
+        for start in range(0, hidden.shape[0], tile):
+            h, y = hidden[start : start + tile], targets[start : start + tile]
+            logits = F.linear(h, weight, bias).float()  # [tile, V]
+            if count_correct:
+                correct += (logits.argmax(-1) == y).sum()
+            tile_loss, grad_logits = _tile_loss(logits, y, label_smoothing, need_hidden or need_weight or need_bias)
+            loss += tile_loss
+            if grad_logits is None:
+                continue
+            grad_logits_low = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits_low, weight, out=grad_hidden[start : start + tile])
+            if grad_weight is not None:
+                grad_weight += grad_logits_low.T @ h
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad_loss).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _tile_loss(
+    logits: Tensor, targets: Tensor, label_smoothing: float, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of a tile and ∂z. `logits` [tile, V] float32 is overwritten by its gradient."""
+    at_target = targets[:, None]
+    log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)  # [tile, 1]
+    loss = log_sum[:, 0] - (1 - label_smoothing) * logits.gather(1, at_target)[:, 0]
+    if label_smoothing:
+        loss = loss - label_smoothing * logits.mean(-1)
+    if not need_grad:
+        return loss.sum(), None
+    grad = logits.sub_(log_sum).exp_()
+    if label_smoothing:
+        grad -= label_smoothing / logits.shape[-1]
+    grad.scatter_add_(1, at_target, torch.full_like(at_target, -(1 - label_smoothing), dtype=grad.dtype))
+    return loss.sum(), grad

@@ -1,0 +1,165 @@
+"""Attention over samples laid end to end, registered with transformers under the name "burnish".
+
+One idea: a batch is one row of T tokens and `cu_seq_lens` says where each document begins, so no token is padding and
+no mask exists. On CUDA in bf16/fp16 it is torch's variable-length attention; elsewhere each document is attended to by
+itself. The CPU multiplies in float32 whatever the model's dtype: torch's bf16 attention there is three to five times
+slower (benchmarks/cpu_attention.py), and float32 is the more exact.
+
+What it cannot do (softcap, sinks, masks ...) it refuses by raising `UnsupportedAttention`; the probe
+(`model/probe.py`) then leaves the model on its own path. Nothing is swallowed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION_NAME = "burnish"
+
+# Keywords that transformers hands every attention function and that change nothing once cu_seq_lens is known.
+HARMLESS = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+     "is_causal", "num_items_in_batch", "cu_seq_lens_k", "max_length_k", "position_embeddings", "past_key_values",
+     "output_router_logits"}
+)  # fmt: skip
+
+
+class UnsupportedAttention(ValueError):
+    """This model asks something of attention that the packed form does not compute."""
+
+
+def register() -> None:
+    """Make `attn_implementation="burnish"` known to transformers. Calling it again changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document, in the signature of transformers' attention functions.
+
+    query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] → [1, T, heads, head_dim].
+    `sliding_window` W: a token sees itself and the W - 1 before it.
+    """
+    _refuse_what_is_not_computed(module, attention_mask, cu_seq_lens_q, others)
+    assert cu_seq_lens_q is not None
+    if _varlen_fits(query, value, dropout):
+        attended = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        attended = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)
+    return attended, None
+
+
+def _refuse_what_is_not_computed(
+    module: nn.Module, attention_mask: Tensor | None, cu_seq_lens: Tensor | None, others: dict[str, Any]
+) -> None:
+    if cu_seq_lens is None:
+        raise UnsupportedAttention("no cu_seq_lens: this model does not pass them on to its attention")
+    if attention_mask is not None:
+        raise UnsupportedAttention("an attention mask beside cu_seq_lens")
+    if others.get("is_causal") is False or (others.get("is_causal") is None and module.is_causal is False):
+        raise UnsupportedAttention("attention that is not causal")
+    unknown = sorted(name for name, value in others.items() if name not in HARMLESS and value is not None)
+    if unknown:
+        raise UnsupportedAttention(f"attention with {', '.join(unknown)}")
+
+
+def _varlen_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """What FlashAttention's kernels behind varlen_attn ask for."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and not dropout
+    )
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    max_length: int | None,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """torch.nn.attention.varlen over [T, heads, head_dim]; causal is the window (-1, 0)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if max_length is None:
+        raise UnsupportedAttention("no max_length: reading it off cu_seq_lens would stop the device in every layer")
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _varlen_takes("enable_gqa") else {}
+    return varlen_attn(
+        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window, **grouped
+    )[None]  # [1, T, heads, head_dim]
+
+
+@cache
+def _varlen_takes(name: str) -> bool:
+    """torch 2.11's varlen_attn groups heads by itself; later ones want to be told (`enable_gqa`)."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    return name in inspect.signature(varlen_attn).parameters
+
+
+def _by_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    dropout: float,
+) -> Tensor:
+    """Each document by itself through scaled_dot_product_attention; exact in any dtype on any device."""
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()
+    heads_per_kv = query.shape[1] // key.shape[1]
+    if heads_per_kv > 1:
+        key, value = (x.repeat_interleave(heads_per_kv, dim=1) for x in (key, value))
+    borders = cu_seq_lens.tolist()
+    attended = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            attn_mask=_band(end - start, sliding_window, query.device),
+            is_causal=sliding_window is None or end - start <= sliding_window,
+            scale=scaling,
+            dropout_p=dropout,
+        )
+        for start, end in pairwise(borders)
+        if end > start
+    ]
+    return torch.cat(attended, dim=2).to(dtype).transpose(1, 2)  # [1, T, heads, head_dim]
+
+
+def _band(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """[length, length] True where a token may look, or None where plain causality says it all."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < sliding_window)

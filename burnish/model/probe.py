@@ -1,0 +1,141 @@
+"""What a model's arithmetic allows, found by trying it on 16 tokens rather than by a list of model names.
+
+Two questions, each answered by comparing numbers: do samples laid end to end give the hidden states that each gives by
+itself (else: padded batches), and are the model's logits and loss those of its head applied to its hidden states
+(else: the model's own forward)? So a model that this project has never heard of is trained right, on the fast path
+where it can be. A model that keeps state between tokens fails the first question by itself, a capped head the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from burnish.model.attention import ATTENTION_NAME, register
+from burnish.model.head import decoder_of, unwrap
+
+PROBE_LENGTHS = (9, 7)  # tokens of the two documents; the first is odd so that no alignment helps
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a model is run: `padding_free` batches or padded ones, `fused_head` or the model's own; and why."""
+
+    padding_free: bool
+    fused_head: bool
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        batches = "samples end to end, no padding" if self.padding_free else "padded batches"
+        head = "fused head" if self.fused_head else "the model's own head and loss"
+        return f"{batches}; {head}" + "".join(f" ({reason})" for reason in self.reasons)
+
+
+def choose_path(model: nn.Module, *, packed_attention: bool = True) -> Path:
+    """Try both questions on `model` and leave its attention set accordingly. Weights, modes and rng are untouched.
+
+    `packed_attention=False` (the user asked for `sdpa` or `eager`) keeps the model's own attention, hence padding.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            ids = torch.randint(0, _vocabulary(model), (1, sum(PROBE_LENGTHS)), generator=_generator())
+            ids = ids.to(next(model.parameters()).device)
+            reasons = []
+            padding_free, reason = _padding_free(model, ids) if packed_attention else (False, "flash_attn says so")
+            reasons += [reason] if reason else []
+            fused, reason = _fused_head(model, ids)
+            reasons += [reason] if reason else []
+    finally:
+        model.train(training)
+    return Path(padding_free, fused, tuple(reasons))
+
+
+def _padding_free(model: nn.Module, ids: Tensor) -> tuple[bool, str]:
+    inner = unwrap(model)
+    own_attention = _own_attention(inner)
+    lengths, border = PROBE_LENGTHS, PROBE_LENGTHS[0]
+    alone = torch.cat([inner(input_ids=doc, use_cache=False).logits for doc in ids.split(lengths, dim=1)], dim=1)
+    other_first = torch.cat([ids[:, :border].flip(1), ids[:, border:]], dim=1)
+    try:
+        register()
+        inner.set_attn_implementation(ATTENTION_NAME)
+        if inner.config._attn_implementation != ATTENTION_NAME:
+            return False, f"the attention of {type(inner).__name__} cannot be exchanged"
+        packed, other = (inner(**packed_inputs(x, lengths), use_cache=False).logits for x in (ids, other_first))
+    except Exception as error:  # whatever a model raises here means one thing: not this way
+        inner.set_attn_implementation(own_attention)
+        return False, f"{type(inner).__name__}: {_first_line(error)}"
+    # The same kernels on the same shapes: what the second document gives may not depend on the first at all.
+    apart = close(packed[:, border:], other[:, border:], rounding=1e-3)
+    # Other kernels on other shapes: rounding may differ (in bf16 a router may even choose another expert).
+    if apart and close(packed, alone, rounding=1e-3 if packed.dtype == torch.float32 else 0.25):
+        return True, ""
+    inner.set_attn_implementation(own_attention)
+    return False, f"samples laid end to end are not what they are alone to {type(inner).__name__}"
+
+
+def _fused_head(model: nn.Module, ids: Tensor) -> tuple[bool, str]:
+    inner = unwrap(model)
+    head = inner.get_output_embeddings()
+    name = type(inner).__name__
+    if type(head) is not nn.Linear:
+        return False, f"the head of {name} is a {type(head).__name__}"
+    packed = inner.config._attn_implementation == ATTENTION_NAME
+    inputs = packed_inputs(ids, (ids.shape[1],)) if packed else {"input_ids": ids}
+    own = inner(**inputs, labels=ids, use_cache=False)
+    try:
+        hidden = decoder_of(inner)(**inputs, use_cache=False).last_hidden_state
+    except (AttributeError, TypeError) as error:
+        return False, f"{name}: {_first_line(error)}"
+    if not close(head(hidden), own.logits, rounding=1e-3):
+        return False, f"the logits of {name} are not its head's product alone"
+    # From the model's own logits, so that what is compared is the rule alone, to float32's rounding in any dtype.
+    if not torch.allclose(F.cross_entropy(own.logits[0, :-1].float(), ids[0, 1:]), own.loss.float(), rtol=1e-5):
+        return False, f"{name} adds to its loss"
+    return True, ""
+
+
+def packed_inputs(ids: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """The keywords of a forward over documents laid end to end: ids [1, T]."""
+    borders = torch.tensor([0, *lengths], dtype=torch.int32, device=ids.device).cumsum(0, dtype=torch.int32)
+    return {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n, device=ids.device) for n in lengths])[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def close(a: Tensor, b: Tensor, rounding: float) -> bool:
+    """Relative distance below `rounding`; not a number is never close."""
+    difference = (a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12)
+    return bool(torch.isfinite(difference)) and difference.item() < rounding
+
+
+def _own_attention(model: Any) -> str:
+    """The attention to go back to: what the model was loaded with, or sdpa where an earlier probe changed it."""
+    name = model.config._attn_implementation
+    if name != ATTENTION_NAME:
+        return name
+    model.set_attn_implementation("sdpa")
+    return "sdpa"
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return unwrap(model).get_input_embeddings().weight.shape[0]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,232 @@
+"""Checkpoints: written beside their place and renamed, found again, loaded, thrown away.
+
+`checkpoint-N/` has transformers' layout, so its tools read it:
+    model*.safetensors | adapter_model.safetensors + adapter_config.json, tokenizer, chat template
+    optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json  training_args.bin  burnish.yaml
+    masters.safetensors   the float32 masters, where the model itself is bf16 (train/optimizer.py)
+A folder with that name is whole by construction: a run that is killed in the middle of writing leaves a name with a dot
+in front, which the next run removes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerState
+from transformers.trainer_callback import ExportableState
+
+from burnish.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from burnish.train.trainer import Trainer
+
+STATE_FILE = "trainer_state.json"
+MASTERS_FILE = "masters.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def write_whole(output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a folder, put it on disk for good, and only then give it its name."""
+    place = output_dir / f"checkpoint-{step}"
+    partial = output_dir / f".checkpoint-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _flush_to_disk(file)
+    _flush_to_disk(partial)
+    if place.exists():  # the same step again, after a resume: the old one goes only now
+        shutil.rmtree(place)
+    os.rename(partial, place)
+    _flush_to_disk(output_dir)
+    return place
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """All whole checkpoints, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [path for path in output_dir.iterdir() if _NAME.match(path.name) and (path / STATE_FILE).is_file()]
+    return sorted(found, key=step_of)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    return (checkpoints(output_dir) or [None])[-1]
+
+
+def step_of(checkpoint: Path) -> int:
+    match = _NAME.match(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Keep the newest `limit` checkpoints; the best one counts and stays even if it is old, and so does the newest."""
+    if not limit:
+        return
+    found = checkpoints(output_dir)
+    keep = {found[-1]} if found else set()
+    if best is not None:
+        keep.add(output_dir / Path(best).name)
+    for path in reversed(found):
+        if len(keep) >= limit:
+            break
+        keep.add(path)
+    for path in found:
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_run(output_dir: Path) -> None:
+    """Take away what an earlier run left and this one would mix with: checkpoints and logs. Other files stay."""
+    for path in checkpoints(output_dir):
+        shutil.rmtree(path)
+    for name in ("trainer_log.jsonl", STATE_FILE, "all_results.json", "train_results.json", "eval_results.json"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def clear_partial(output_dir: Path) -> None:
+    for path in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_weights(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """The model as it would be published: all of it, or its adapter alone; with tokenizer and chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors >= 0.8 makes them readable by their owner alone
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put a checkpoint's weights into `model`, whose shape and adapters they have."""
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(model, PeftModel):
+        weights = load_peft_weights(str(folder), device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
+        return
+    # Through transformers and not from the file into the model: file names and shapes may differ from the module's.
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False)
+    model.load_state_dict(saved.state_dict())
+
+
+def save(trainer: Trainer) -> Path:
+    """Write `checkpoint-N` for the step that was just done (once), and rotate the old ones."""
+    step = trainer.state.global_step
+    place = trainer.output_dir / f"checkpoint-{step}"
+    if trainer.last_saved_step == step:
+        return place
+    if trainer.state.best_global_step:
+        best = trainer.output_dir / f"checkpoint-{trainer.state.best_global_step}"
+        if best == place or best.exists():
+            trainer.state.best_model_checkpoint = str(best)
+    trainer.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable(trainer)).stateful_callbacks
+    write_whole(trainer.output_dir, step, lambda folder: _write(trainer, folder))
+    trainer.last_saved_step = step
+    rotate(trainer.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+    return place
+
+
+def _write(trainer: Trainer, folder: Path) -> None:
+    trainer.save_model(folder)
+    torch.save(trainer.args, folder / "training_args.bin")
+    trainer.state.save_to_json(str(folder / STATE_FILE))
+    if trainer.args.save_only_model:
+        return
+    torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
+    masters = trainer.masters.state_dict()
+    if masters:
+        save_file(masters, folder / MASTERS_FILE)
+    loop = {
+        "loss_since_log": trainer.loss_since_log.item(),
+        "total_loss": trainer.total_loss,
+        "last_logged_step": trainer.last_logged_step,
+    }
+    torch.save({**rng_state(), "loop": loop}, folder / "rng_state.pth")
+
+
+def load_state(trainer: Trainer, folder: Path) -> None:
+    """Everything but the weights, which `load_weights` has put into the model before the optimizer was made."""
+    if not (folder / "optimizer.pt").is_file():
+        remedy = "it cannot be resumed; start from it with --model_name_or_path or --adapter_name_or_path"
+        raise UserError(Problem(str(folder), "", None, "holds weights only (save_only_model)", remedy))
+    trainer.state = TrainerState.load_from_json(str(folder / STATE_FILE))
+    best = trainer.state.best_model_checkpoint
+    if best is not None and not Path(best).is_dir():
+        trainer.state.best_model_checkpoint = None
+    if (folder / MASTERS_FILE).is_file():
+        trainer.masters.load_state_dict(load_file(folder / MASTERS_FILE, device=str(trainer.device)))
+    trainer.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=trainer.device))
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", map_location="cpu"))
+    rng = torch.load(folder / "rng_state.pth", map_location="cpu")
+    restore_rng(rng)
+    trainer.loss_since_log.fill_(rng["loop"]["loss_since_log"])
+    trainer.total_loss = rng["loop"]["total_loss"]
+    trainer.last_logged_step = rng["loop"]["last_logged_step"]
+    trainer.last_saved_step = trainer.state.global_step
+    _restore_callbacks(trainer)
+
+
+def exportable(trainer: Trainer) -> list[Any]:
+    """Callbacks (and the control) whose state goes into trainer_state.json."""
+    return [c for c in [*trainer.callback_handler.callbacks, trainer.control] if isinstance(c, ExportableState)]
+
+
+def _restore_callbacks(trainer: Trainer) -> None:
+    """Give each callback back what it had counted. What it was built with stays as this run's arguments say, unless
+    `restore_callback_states_from_checkpoint` asks for that too."""
+    for callback in exportable(trainer):
+        saved = trainer.state.stateful_callbacks.get(type(callback).__name__)
+        if isinstance(saved, list):
+            saved = saved.pop(0) if saved else None
+        if saved is None or callback is trainer.control:
+            continue
+        values = dict(saved.get("attributes", {}))
+        if trainer.args.restore_callback_states_from_checkpoint:
+            values |= saved.get("args", {})
+        for name, value in values.items():
+            setattr(callback, name, value)
+
+
+def rng_state() -> dict[str, Any]:
+    """Every generator that a training step draws from, in plain types that torch.load reads without pickled code."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,171 @@
+"""The optimizer, its float32 masters, and the learning rate.
+
+One rule of precision: the model computes in its own dtype (bf16 or float32), what is trained is kept in float32. For a
+bf16 model that means a float32 master of each trained weight: gradients are added up in it, the optimizer moves it,
+and after the step the model gets its rounding. A float32 model is its own master. So the weights that a checkpoint
+saves are exactly those that the forward pass used, and small updates are not lost (Micikevicius et al., arXiv 1710.03740).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.errors import Problem, UserError
+
+# name → (where it comes from, class, fixed keywords). transformers' names; each takes the adam_* settings that it has.
+OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "adamw_torch": ("torch.optim", "AdamW", {}),
+    "adamw_torch_fused": ("torch.optim", "AdamW", {"fused": True}),
+    "sgd": ("torch.optim", "SGD", {}),
+    "adagrad": ("torch.optim", "Adagrad", {}),
+    "rmsprop": ("torch.optim", "RMSprop", {}),
+    "adafactor": ("transformers.optimization", "Adafactor", {"scale_parameter": False, "relative_step": False}),
+    "adamw_8bit": ("bitsandbytes.optim", "AdamW", {"optim_bits": 8}),
+    "adamw_bnb_8bit": ("bitsandbytes.optim", "AdamW", {"optim_bits": 8}),
+    "paged_adamw_32bit": ("bitsandbytes.optim", "AdamW", {"is_paged": True}),
+    "paged_adamw_8bit": ("bitsandbytes.optim", "AdamW", {"optim_bits": 8, "is_paged": True}),
+    "lion_32bit": ("bitsandbytes.optim", "Lion", {}),
+    "lion_8bit": ("bitsandbytes.optim", "Lion", {"optim_bits": 8}),
+    "paged_lion_32bit": ("bitsandbytes.optim", "Lion", {"is_paged": True}),
+    "paged_lion_8bit": ("bitsandbytes.optim", "Lion", {"optim_bits": 8, "is_paged": True}),
+}
+
+
+class Masters:
+    """float32 copies of the trained weights of a low-precision model; the weights themselves where they are float32.
+
+    A low-precision gradient leaves the model as soon as it exists: a hook adds it to its master's and frees it. So
+    accumulation over passes is in float32, and a full set of low-precision gradients never exists.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.by_name: dict[str, nn.Parameter] = {}  # name in the model → what the optimizer moves
+        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # (weight of the model, its master)
+        for name, weight in model.named_parameters():
+            if not weight.requires_grad:
+                continue
+            self.by_name[name] = weight
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                master = nn.Parameter(weight.detach().float())
+                self.by_name[name] = master
+                self._copies.append((weight, master))
+                weight.register_post_accumulate_grad_hook(_give_gradient_to(master))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the model: after every optimizer step, and after loading them from a checkpoint."""
+        if self._copies:
+            weights, masters = zip(*self._copies, strict=True)
+            torch._foreach_copy_(weights, masters)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Only what the model's own file does not hold: the masters that are copies."""
+        copies = {id(master) for _, master in self._copies}
+        return {name: master.detach() for name, master in self.by_name.items() if id(master) in copies}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            self.by_name[name].copy_(value)
+        self.publish()
+
+
+def _give_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def move(weight: Tensor) -> None:
+        assert weight.grad is not None
+        if master.grad is None:
+            master.grad = weight.grad.float()
+        else:
+            master.grad += weight.grad
+        weight.grad = None
+
+    return move
+
+
+def create_optimizer(args: Any, masters: Masters, *, loraplus_lr_ratio: float | None = None) -> torch.optim.Optimizer:
+    """The optimizer that `args.optim` names, over groups with and without weight decay.
+
+    Weights with fewer than two dimensions (norms, biases) are not decayed. `loraplus_lr_ratio`: the B of every LoRA
+    learns so many times faster than the rest (Hayou et al., LoRA+, arXiv 2402.12354).
+    """
+    name = getattr(args.optim, "value", args.optim)
+    if name not in OPTIMIZERS:
+        raise UserError(Problem("--optim", "optim", name, "is not one of " + ", ".join(OPTIMIZERS)))
+    module_name, class_name, fixed = OPTIMIZERS[name]
+    try:
+        optimizer_class = getattr(importlib.import_module(module_name), class_name)
+    except ImportError:
+        extra = "pip install 'burnish[quant]'"
+        raise UserError(Problem("--optim", "optim", name, "needs bitsandbytes, which is not here", extra)) from None
+    settings: dict[str, Any] = {"lr": args.learning_rate, **fixed, **_optim_args(args.optim_args)}
+    if class_name in ("AdamW", "Lion"):
+        settings["betas"] = (args.adam_beta1, args.adam_beta2)
+    if class_name == "AdamW":
+        settings["eps"] = args.adam_epsilon
+    groups = _groups(masters.by_name, args.weight_decay, args.learning_rate, loraplus_lr_ratio)
+    try:
+        return optimizer_class(groups, **settings)
+    except (TypeError, ValueError) as error:
+        reason = f"does not suit {name}: {error}"
+        raise UserError(Problem("--optim_args", "optim_args", args.optim_args, reason)) from None
+
+
+def _groups(
+    weights: dict[str, nn.Parameter], weight_decay: float, learning_rate: float, loraplus_lr_ratio: float | None
+) -> list[dict[str, Any]]:
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, weight in weights.items():
+        decayed = weight.dim() >= 2
+        faster = loraplus_lr_ratio is not None and ("lora_B" in name or "lora_embedding_B" in name)
+        groups.setdefault((decayed, faster), []).append(weight)
+    return [
+        {
+            "params": params,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr": learning_rate * (loraplus_lr_ratio or 1.0) if faster else learning_rate,
+        }
+        for (decayed, faster), params in groups.items()
+    ]
+
+
+def _optim_args(text: str | None) -> dict[str, Any]:
+    """ "rank=8, eps=1e-6, name=x" → {"rank": 8, "eps": 1e-6, "name": "x"}"""
+    settings = {}
+    for pair in filter(None, (part.strip() for part in (text or "").split(","))):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise UserError(Problem("--optim_args", "optim_args", pair, "is no key=value pair"))
+        try:
+            settings[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+def create_scheduler(args: Any, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
+    """transformers' schedule of that name over `max_steps` optimizer steps."""
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=args.get_warmup_steps(max_steps),
+        num_training_steps=max_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+
+
+def steps_on_metric(scheduler: Any) -> bool:
+    """Whether this schedule moves after an evaluation instead of after every step."""
+    return "metrics" in inspect.signature(scheduler.step).parameters
+
+
+def current_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    return float(optimizer.param_groups[0]["lr"])

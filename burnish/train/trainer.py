@@ -1,0 +1,319 @@
+"""The training loop. One optimizer step reads top to bottom in `_optimizer_step`.
+
+It speaks transformers' language (`TrainingArguments`, `TrainerState`, `TrainerControl`, `TrainerCallback`, the names of
+the methods, `checkpoint-N/`), so callbacks and integrations written for transformers' Trainer run here unchanged and in
+the same order. What differs is the arithmetic: the loss of a step is the sum over its trained tokens divided once by
+their number, known before the first forward, so cutting a step into passes cannot change it.
+
+Left out: distribution over processes (`train/distributed.py` wraps the model) and the making of data sets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
+
+from burnish.data.loader import Collate, make_loader, order_of
+from burnish.errors import Problem, RunStopped, UserError
+from burnish.model.head import CausalLoss, unwrap
+from burnish.train import checkpoint
+from burnish.train.evaluate import Evaluation
+from burnish.train.interrupt import Interrupt
+from burnish.train.nonfinite import FiniteGuard, StepRecord, diagnose
+from burnish.train.optimizer import (
+    Masters,
+    create_optimizer,
+    create_scheduler,
+    current_learning_rate,
+    steps_on_metric,
+)
+from burnish.train.steps import Steps, count_steps
+from burnish.types import Batch
+
+
+class Trainer(Evaluation):
+    """Trains `objective.model` on `train_dataset` (a store or stream of Samples) as `args` say.
+
+    `objective` gives the summed loss of a Batch, `collate` makes a Batch of Samples, `eval_dataset` is a store or a
+    dict of stores. `beside_weights(folder)` may add files to every checkpoint (`burnish.yaml`).
+    """
+
+    def __init__(
+        self,
+        objective: CausalLoss,
+        args: Any,
+        *,
+        collate: Collate,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
+        loraplus_lr_ratio: float | None = None,
+        count_correct: bool = False,
+        beside_weights: Callable[[Path], None] | None = None,
+    ):
+        self.objective, self.args, self.collate = objective, args, collate
+        self.model: nn.Module = objective.model
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.processing_class, self.beside_weights = processing_class, beside_weights
+        self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
+        self.device: torch.device = args.device
+        self.output_dir = Path(args.output_dir)
+        reporters = get_reporting_integration_callbacks(args.report_to)
+        self.callback_handler = CallbackHandler(
+            [DefaultFlowCallback, *reporters, *callbacks], self.model, processing_class, None, None
+        )
+        self.control = TrainerControl()
+        self.state = TrainerState(stateful_callbacks=checkpoint.exportable(self))
+        self.tell("on_init_end")
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Let every callback know; what they answer is obeyed from here on."""
+        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, **details)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        self.callback_handler.remove_callback(callback)
+
+    def get_train_dataloader(self) -> Any:
+        args = self.args
+        return make_loader(
+            self.train_dataset,
+            args.per_device_train_batch_size,
+            self.collate,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            options=self.loader_options(),
+        )
+
+    def loader_options(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and self.device.type == "cuda",
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        }
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Path | None = None) -> TrainOutput:
+        """Train to the end, or from a checkpoint on. Afterwards the model holds the final (or the best) weights."""
+        self._prepare(resume_from_checkpoint)
+        started, first_step, first_tokens = time.time(), self.state.global_step, self.state.num_input_tokens_seen
+        self.tell("on_train_begin")
+        if self.args.eval_on_start and resume_from_checkpoint is None:
+            self.evaluate()
+        first_epoch, steps_done = self.steps.position(self.state.global_step)
+        with Interrupt() as self.interrupt:
+            for epoch in range(first_epoch, self.steps.epochs):
+                self._run_epoch(epoch, steps_done)
+                steps_done = 0
+                if self.control.should_training_stop:
+                    break
+        return self._finish(started, first_step, first_tokens)
+
+    def _prepare(self, resume: Path | None) -> None:
+        """Weights, optimizer, schedule and state: new, or as they were at the checkpoint."""
+        set_seed(self.args.seed)
+        self.train_dataloader = self.get_train_dataloader()
+        streamed = not hasattr(self.train_dataset, "__len__")
+        self.steps: Steps = count_steps(self.args, None if streamed else len(self.train_dataloader))
+        if resume is not None:
+            checkpoint.load_weights(self.model, resume)
+        self.masters = Masters(self.model)
+        self.optimizer = create_optimizer(self.args, self.masters, loraplus_lr_ratio=self.loraplus_lr_ratio)
+        self.lr_scheduler = create_scheduler(self.args, self.optimizer, self.steps.total)
+        self.guard = FiniteGuard(self.device)
+        self.loss_since_log = torch.zeros((), device=self.device)  # mean losses of the steps since then, added up
+        self.total_loss = 0.0  # the same over all steps that were logged
+        self.last_logged_step = 0
+        self.last_saved_step = -1
+        self._grad_norm: Tensor | None = None
+        self._learning_rate = current_learning_rate(self.optimizer)
+        self._flops_per_token = 6 * _count_non_embedding(self.model)
+        self.state = TrainerState(stateful_callbacks=checkpoint.exportable(self))
+        if resume is not None:
+            checkpoint.load_state(self, resume)
+        self.state.train_batch_size = self.args.per_device_train_batch_size
+        self.state.max_steps, self.state.num_train_epochs = self.steps.total, self.steps.epochs
+        self.state.compute_steps(self.args, self.steps.total)
+        for name in ("model", "optimizer", "lr_scheduler", "train_dataloader"):
+            setattr(self.callback_handler, name, getattr(self, name))
+
+    def _run_epoch(self, epoch: int, steps_done: int) -> None:
+        self.tell("on_epoch_begin")
+        skip = 0 if self.args.ignore_data_skip else steps_done * self.steps.accumulation
+        order_of(self.train_dataloader).set_epoch(epoch, skip=skip)
+        self.objective.train()
+        batches = iter(self.train_dataloader)
+        for step_of_epoch in range(steps_done, self.steps.per_epoch):
+            self._optimizer_step(list(islice(batches, self.steps.batches_in(step_of_epoch))), epoch, step_of_epoch)
+            if self.control.should_epoch_stop or self.control.should_training_stop:
+                break
+        self.tell("on_epoch_end")
+        self._maybe_log_save_evaluate()
+
+    def _optimizer_step(self, batches: list[Batch], epoch: int, step_of_epoch: int) -> None:
+        """Passes forward and backward over `batches`, then one update of the weights."""
+        if not batches:
+            raise UserError(Problem("--dataset", "dataset", None, "gave no sample that can be trained"))
+        # 1. The whole step's count first: every pass is divided by the same number.
+        num_trained = max(sum(batch.num_trained for batch in batches), 1)
+        before = StepRecord(self.state.global_step + 1, self.state.epoch, self.lr_scheduler.state_dict(), batches)
+        step_loss = torch.zeros((), device=self.device)
+
+        # 2. Passes: gradients add up.
+        self.tell("on_step_begin")
+        for number, batch in enumerate(batches, start=1):
+            step_loss += self.training_step(batch, num_trained)
+            self.state.num_input_tokens_seen += batch.num_tokens
+            self.state.total_flos += self._flops_per_token * batch.num_tokens
+            if number < len(batches):
+                self.tell("on_substep_end")
+                if self.control.should_epoch_stop or self.control.should_training_stop:
+                    return
+
+        # 3. The update, left out where something is not finite.
+        self._grad_norm = self._clip_gradients()
+        must_not = self.guard.check(before, step_loss, self._grad_norm)
+        self.tell("on_pre_optimizer_step")
+        self._update_unless(must_not)
+        self.masters.publish()
+        self.tell("on_optimizer_step")
+        self._learning_rate = current_learning_rate(self.optimizer)
+        if not steps_on_metric(self.lr_scheduler):
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        # 4. What callbacks, logs and people see.
+        self.loss_since_log += step_loss
+        self.state.global_step += 1
+        batches_done = step_of_epoch * self.steps.accumulation + len(batches)
+        self.state.epoch = epoch + batches_done / self.steps.batches_per_epoch
+        self.tell("on_step_end")
+        self._stop_if_not_finite()
+        self._maybe_log_save_evaluate()
+        self._stop_if_asked_to()
+
+    def training_step(self, batch: Batch, num_trained: int) -> Tensor:
+        """Forward and backward of one pass; → its share of the step's mean loss, a scalar on the device."""
+        loss = self.objective(batch.to(self.device)).loss / num_trained
+        loss.backward()
+        return loss.detach()
+
+    def _clip_gradients(self) -> Tensor:
+        weights = [weight for weight in self.masters.by_name.values() if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if self.args.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, norm)
+        return norm
+
+    def _update_unless(self, must_not: Tensor) -> None:
+        """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
+        if self.device.type == "cuda" and self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = must_not.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not must_not.item():
+            self.optimizer.step()
+
+    # ---- log, evaluate, save, stop ---------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self) -> None:
+        if self.control.should_log and self.state.global_step > self.last_logged_step:
+            loss, steps = self.loss_since_log.item(), self.state.global_step - self.last_logged_step
+            logs = {"loss": loss / steps, "learning_rate": self._learning_rate}
+            if self._grad_norm is not None:
+                logs["grad_norm"] = self._grad_norm.item()
+            self.total_loss += loss
+            self.loss_since_log.zero_()
+            self.last_logged_step = self.state.global_step
+            self.log(logs)
+        if self.control.should_evaluate:
+            metrics = self.evaluate()
+            if steps_on_metric(self.lr_scheduler):
+                self.lr_scheduler.step(self.metric_for_best(metrics))
+            is_best = self.note_best(metrics)
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.control.should_save = is_best
+        if self.control.should_save:
+            checkpoint.save(self)
+            self.tell("on_save")
+
+    def log(self, logs: dict[str, float]) -> None:
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        if self.args.include_num_input_tokens_seen != "no":
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.tell("on_log", logs=logs)
+
+    def _stop_if_not_finite(self) -> None:
+        control = self.control
+        waits_anyway = control.should_log or control.should_save or control.should_evaluate
+        if not (waits_anyway or control.should_training_stop or self.device.type == "cpu"):
+            return
+        record = self.guard.first_bad()
+        if record is None:
+            return
+        details = diagnose(self.model, record, lambda batch: self.objective(batch).loss, self.device)
+        self.state.global_step, self.state.epoch = record.step - 1, record.epoch
+        self.lr_scheduler.load_state_dict(record.scheduler)
+        saved = f"; the weights from before it are in {checkpoint.save(self)}" if self.state.global_step else ""
+        raise RunStopped(
+            f"step {record.step}: the loss or its gradient is not finite. The step was not applied{saved}.\n{details}\n"
+            "Look at these rows, lower --learning_rate or --max_grad_norm, or train without --bf16.",
+            status=1,
+        )
+
+    def _stop_if_asked_to(self) -> None:
+        if self.interrupt.signal is None:
+            return
+        place = checkpoint.save(self)
+        raise RunStopped(
+            f"stopped by {self.interrupt.signal.name} after step {self.state.global_step} of {self.state.max_steps}. "
+            f"{place} is whole: the same command goes on from there.",
+            status=128 + self.interrupt.signal.value,
+        )
+
+    def _finish(self, started: float, first_step: int, first_tokens: int) -> TrainOutput:
+        steps = self.state.global_step - first_step
+        samples = steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        tokens = self.state.num_input_tokens_seen - first_tokens
+        metrics = speed_metrics("train", started, num_samples=samples, num_steps=steps, num_tokens=tokens)
+        self.total_loss += self.loss_since_log.item()
+        train_loss = self.total_loss / max(self.state.global_step, 1)
+        metrics |= {"total_flos": self.state.total_flos, "train_loss": train_loss}
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
+        self.tell("on_train_end")
+        return TrainOutput(self.state.global_step, train_loss, metrics)
+
+    def save_model(self, folder: Path | None = None) -> None:
+        """The model as it would be published (or its adapter alone), with its tokenizer."""
+        folder = folder or self.output_dir
+        checkpoint.save_weights(self.model, self.processing_class, folder)
+        if self.beside_weights is not None:
+            self.beside_weights(folder)
+
+
+def _count_non_embedding(model: nn.Module) -> int:
+    """Weights that multiply every token: all but the embedding (which also serves as the head where they are tied)."""
+    embedding = unwrap(model).get_input_embeddings().weight
+    return sum(weight.numel() for weight in model.parameters() if weight is not embedding)

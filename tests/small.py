@@ -1,0 +1,72 @@
+"""Small real parts that several tests build on: two architectures with random weights, samples, arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Seq2SeqTrainingArguments
+
+from burnish.data.loader import collate
+from burnish.model.head import CausalLoss
+from burnish.model.probe import choose_path
+from burnish.train.trainer import Trainer
+from burnish.types import IGNORE_INDEX, Sample
+
+VOCABULARY = 211
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
+
+
+def small_model(kind: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind](**(SHAPE | changes)), dtype=dtype)
+
+
+def samples(count: int, seed: int = 0, longest: int = 40) -> list[Sample]:
+    """Rows of different lengths; about half the tokens are trained, in spans."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length = int(rng.integers(4, longest))
+        ids = rng.integers(3, VOCABULARY, length).astype(np.int32)
+        labels = np.where(np.arange(length) >= length // 2, ids, IGNORE_INDEX).astype(np.int32)
+        rows.append(Sample(ids, labels, f"rows.jsonl:{number + 1}"))
+    return rows
+
+
+def arguments(output_dir: Path, **changes: Any) -> Seq2SeqTrainingArguments:
+    settings = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "num_train_epochs": 1,
+    }
+    return Seq2SeqTrainingArguments(**(settings | changes))
+
+
+def trainer(model: Any, args: Any, rows: Any = None, **more: Any) -> Trainer:
+    path = choose_path(model)
+    assert path.padding_free and path.fused_head, str(path)
+    objective = CausalLoss(model, fused=True, label_smoothing=args.label_smoothing_factor)
+    return Trainer(objective, args, collate=collate, train_dataset=rows, **more)
