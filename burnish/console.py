@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -22,12 +23,13 @@ def say(message: str = "") -> None:
 def warn(message: str) -> None:
     """One line on standard error for what a person should know but need not act on."""
     if ranks.is_main():
-        err.print(f"note: {message}", markup=False)
+        print(f"note: {message}", file=sys.stderr)  # not through `err`: a progress bar steps aside for sys.stderr only
 
 
 def fail(message: str) -> None:
     """The last words of a run that could not go on; every rank may say them."""
-    err.print(message, markup=False, style="bold red" if err.is_terminal else None)
+    red, plain = ("\033[1;31m", "\033[0m") if err.is_terminal and not err.no_color else ("", "")
+    print(f"{red}{message}{plain}", file=sys.stderr)  # as in `warn`
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:

@@ -1,6 +1,6 @@
 """What must never depend on how the work is cut: the numbers of training, on real architectures with random weights.
 
-All in float32 on the CPU. Tolerances are those of the specification (T3): loss 1e-6 relative, gradients 1e-5, the losses
+All in float32 on the CPU. Tolerances: loss 1e-6 relative, gradients 1e-5 relative, the losses
 of 20 steps 1e-4. What is saved and taken up again is equal bit for bit.
 """
 
@@ -389,7 +389,8 @@ def test_a_users_callback_can_stop_save_and_evaluate(tmp_path):
 def test_early_stopping_stops_when_the_loss_no_longer_falls(tmp_path):
     settings = dict(
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
-        metric_for_best_model="loss", greater_is_better=False, learning_rate=1.0, num_train_epochs=20, save_total_limit=2,
+        metric_for_best_model="loss", greater_is_better=False, learning_rate=1.0, num_train_epochs=20,
+        save_total_limit=2,
     )  # fmt: skip
     run = trainer(
         small_model(),

@@ -93,6 +93,7 @@ def make_loader(
     generator = torch.Generator()
     if not hasattr(samples, "__getitem__"):
         options |= {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}  # one reader, one order
+        options |= {"multiprocessing_context": None}
         order = StreamOrder(samples, batch_size)
         return DataLoader(
             order, batch_size=batch_size, collate_fn=collate, drop_last=drop_last, generator=generator, **options
@@ -177,7 +178,7 @@ def make_collate(
     """The collate function for a model's path. Training on padding exists only where there is padding."""
     if padding_free and ignore_pad_token_for_loss:
         return collate
-    label_pad = IGNORE_INDEX if ignore_pad_token_for_loss else tokenizer.pad_token_id
+    label_pad: Any = IGNORE_INDEX if ignore_pad_token_for_loss else tokenizer.pad_token_id
     collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, label_pad_token_id=label_pad)
     return partial(collate_padded, collator=collator, takes_token_type_ids=takes_token_type_ids)
 

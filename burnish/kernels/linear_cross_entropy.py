@@ -41,7 +41,10 @@ def linear_cross_entropy(
     Differentiable once in hidden, weight and bias.
     """
     if hidden.shape[0] == 0:  # a batch with nothing to train: keep the graph, add nothing
-        return hidden.sum().float() * 0.0, torch.zeros((), dtype=torch.int64, device=hidden.device)
+        nothing = hidden.sum().float() + weight[:0].sum().float()
+        return nothing, torch.zeros((), dtype=torch.int64, device=hidden.device)
+    if not torch.is_grad_enabled():  # what a Function is told (needs_input_grad) says nothing of no_grad
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, count_correct)
 
 
@@ -113,15 +116,20 @@ def _tile_loss(
     logits: Tensor, targets: Tensor, label_smoothing: float, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of a tile and ∂z. `logits` [tile, V] float32 is overwritten by its gradient."""
-    at_target = targets[:, None]
-    log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)  # [tile, 1]
-    loss = log_sum[:, 0] - (1 - label_smoothing) * logits.gather(1, at_target)[:, 0]
-    if label_smoothing:
-        loss = loss - label_smoothing * logits.mean(-1)
+    at_target = targets[:, None]  # [tile, 1]
+    smoothing = label_smoothing
+    # The loss needs z at the target and on average before the logits are overwritten.
+    picked = (1 - smoothing) * logits.gather(1, at_target)[:, 0]  # [tile]
+    if smoothing:
+        picked += smoothing * logits.mean(-1)
+    largest = logits.amax(-1, keepdim=True)  # [tile, 1]
+    exponentials = logits.sub_(largest).exp_()  # [tile, V], in place: one pass of exp for loss and gradient
+    total = exponentials.sum(-1, keepdim=True)  # [tile, 1]
+    loss = (total.log() + largest)[:, 0] - picked
     if not need_grad:
         return loss.sum(), None
-    grad = logits.sub_(log_sum).exp_()
-    if label_smoothing:
-        grad -= label_smoothing / logits.shape[-1]
-    grad.scatter_add_(1, at_target, torch.full_like(at_target, -(1 - label_smoothing), dtype=grad.dtype))
+    grad = exponentials.div_(total)
+    if smoothing:
+        grad -= smoothing / logits.shape[-1]
+    grad.scatter_add_(1, at_target, torch.full_like(at_target, -(1 - smoothing), dtype=grad.dtype))
     return loss.sum(), grad

@@ -12,7 +12,6 @@ What it cannot do (softcap, sinks, masks ...) it refuses by raising `Unsupported
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -108,10 +107,11 @@ def _varlen(
         raise UnsupportedAttention("no max_length: reading it off cu_seq_lens would stop the device in every layer")
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _varlen_takes("enable_gqa") else {}
-    return varlen_attn(
+    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _varlen_takes("enable_gqa") else {}
+    attended: Any = varlen_attn(
         q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window, **grouped
-    )[None]  # [1, T, heads, head_dim]
+    )
+    return attended[None]  # [1, T, heads, head_dim]
 
 
 @cache
@@ -140,19 +140,20 @@ def _by_document(
     heads_per_kv = query.shape[1] // key.shape[1]
     if heads_per_kv > 1:
         key, value = (x.repeat_interleave(heads_per_kv, dim=1) for x in (key, value))
-    borders = cu_seq_lens.tolist()
+    lengths = [n for n in cu_seq_lens.diff().tolist() if n]
+    # split, not slices: the gradient of a split is one concatenation, that of each slice a full-size tensor of zeros
+    documents = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     attended = [
         F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=_band(end - start, sliding_window, query.device),
-            is_causal=sliding_window is None or end - start <= sliding_window,
+            q,
+            k,
+            v,
+            attn_mask=_band(q.shape[2], sliding_window, query.device),
+            is_causal=sliding_window is None or q.shape[2] <= sliding_window,
             scale=scaling,
             dropout_p=dropout,
         )
-        for start, end in pairwise(borders)
-        if end > start
+        for q, k, v in documents
     ]
     return torch.cat(attended, dim=2).to(dtype).transpose(1, 2)  # [1, T, heads, head_dim]
 

@@ -56,7 +56,8 @@ class CausalLoss(nn.Module):
     def _own(self, batch: Batch, count_correct: bool) -> LossSum:
         """The model's own loss is a mean over the batch's trained tokens, auxiliary losses included: times M."""
         outputs = self.model(**batch.inputs, labels=batch.labels, use_cache=False)
-        loss = outputs.loss.float() * batch.num_trained
+        # The mean of nothing is not a number: an empty sum keeps the graph.
+        loss = outputs.loss.float() * batch.num_trained if batch.num_trained else outputs.logits[:0].float().sum()
         if not (self.label_smoothing or count_correct):
             return LossSum(loss, None)
         logits = outputs.logits.flatten(0, 1).index_select(0, batch.trained_at).float()  # [M, V]

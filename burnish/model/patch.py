@@ -17,6 +17,10 @@ def enable_gradient_checkpointing(model: nn.Module, settings: dict[str, Any] | N
         inner.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    # transformers then asks for gradients of the embeddings' output, which only reentrant checkpointing needs: the
+    # backward pass would go through every frozen block below the first trained one.
+    if not settings["use_reentrant"]:
+        inner.disable_input_require_grads()
 
 
 def wants_gradient_checkpointing(args: Any) -> tuple[bool, dict[str, Any] | None]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from burnish.train.fields import TransformersField, transformers_fields
 
 if TYPE_CHECKING:
+    from burnish.arguments.settings import Settings
     from burnish.errors import Problem
-    from burnish.settings import Settings
 
 HIDDEN = {"use_cache"}  # what a user writes as use_cache is ModelArguments.use_kv_cache
 
@@ -58,12 +58,12 @@ HONOURED = frozenset(
     adam_epsilon gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 tf32 gradient_checkpointing
     gradient_checkpointing_kwargs logging_strategy logging_steps logging_first_step disable_tqdm report_to run_name
     project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay eval_on_start
-    prediction_loss_only save_strategy save_steps save_total_limit save_only_model load_best_model_at_end
+    save_strategy save_steps save_total_limit save_only_model load_best_model_at_end
     metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism
     seed data_seed use_cpu dataloader_drop_last dataloader_num_workers dataloader_pin_memory
-    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    dataloader_persistent_workers dataloader_prefetch_factor
     resume_from_checkpoint include_num_input_tokens_seen log_level log_level_replica log_on_each_node
-    neftune_noise_alpha skip_memory_metrics overwrite_output_dir warmup_ratio logging_dir
+    overwrite_output_dir warmup_ratio logging_dir
     """)
 )
 
@@ -77,6 +77,7 @@ NOTHING_TO_CHANGE = {
         _ONE_PROCESS,
     ),
     "use_liger_kernel": "the head never holds tokens × vocabulary, whatever this says",
+    "prediction_loss_only": "evaluation keeps sums, never predictions",
     "enable_jit_checkpoint": "SIGTERM always saves a checkpoint",
 }
 
@@ -99,6 +100,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "parallelism_config": ("is not built yet", "leave it out"),
     "deepspeed": ("is not built yet", "leave it out; the run uses one device"),
     "remove_unused_columns": ("has no columns to keep", "leave it out; a batch holds what the model takes"),
+    "neftune_noise_alpha": ("is not built yet", "leave it out"),
+    "skip_memory_metrics": ("is not built", "leave it out"),
+    "dataloader_multiprocessing_context": ("is not built", "leave it out; workers are started as torch does"),
+    "dataloader_in_order": ("would let the order of rows depend on time", "leave it out"),
     "label_names": ("does nothing", "leave it out; labels are called labels"),
     "train_sampling_strategy": ("is not built yet", "leave it at random; without padding nothing is won by grouping"),
     "length_column_name": ("is not built yet", "leave it out"),
@@ -134,7 +139,7 @@ TRAINS = frozenset(
     words("""
     per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
     warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 tf32 seed data_seed neftune_noise_alpha
+    gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 tf32 seed data_seed
     dataloader_drop_last load_best_model_at_end
     """)
 )

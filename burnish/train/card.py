@@ -18,13 +18,13 @@ from importlib import metadata
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from burnish.fields import known_fields
-from burnish.train.logs import SPEED
+from burnish.arguments.fields import known_fields
+from burnish.train.logs import SPEED, measure
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-    from burnish.settings import Settings
+    from burnish.arguments.settings import Settings
 
 STAGES = {"pt": "continued pre-training", "sft": "supervised fine-tuning"}
 METHODS = {"lora": "a LoRA adapter", "full": "all weights", "freeze": "the weights of some layers, the others frozen"}
@@ -128,7 +128,7 @@ def _settings(card: Card) -> list[tuple[str, str]]:
 def _measures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     numbers = {name: value for name, value in results.items() if isinstance(value, float)}
     measures = [name for name in sorted(numbers) if name.startswith(("train_", "eval_")) and not name.endswith(SPEED)]
-    return [(name, f"{numbers[name]:.4f}") for name in measures]
+    return [(name, measure(numbers[name])) for name in measures]
 
 
 def _versions(card: Card) -> Iterable[tuple[str, str]]:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerState
-from transformers.trainer_callback import ExportableState
 
 from burnish.errors import Problem, UserError
 
@@ -112,7 +112,9 @@ def clear_partial(output_dir: Path) -> None:
 def save_weights(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """The model as it would be published: all of it, or its adapter alone; with tokenizer and chat template."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)  # type: ignore[operator]
+    # An adapter's file holds what was trained: peft would else look the base up on the hub to see if embeddings grew.
+    only_adapter = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, **only_adapter)  # type: ignore[operator]
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors >= 0.8 makes them readable by their owner alone
     if tokenizer is not None:
@@ -121,15 +123,12 @@ def save_weights(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put a checkpoint's weights into `model`, whose shape and adapters they have."""
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
-
     if isinstance(model, PeftModel):
         weights = load_peft_weights(str(folder), device="cpu")
-        set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
+        set_peft_model_state_dict(model, weights, adapter_name=str(model.active_adapter))
         return
     # Through transformers and not from the file into the model: file names and shapes may differ from the module's.
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False)
+    saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
     model.load_state_dict(saved.state_dict())
 
 
@@ -143,7 +142,7 @@ def save(trainer: Trainer) -> Path:
         best = trainer.output_dir / f"checkpoint-{trainer.state.best_global_step}"
         if best == place or best.exists():
             trainer.state.best_model_checkpoint = str(best)
-    trainer.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable(trainer)).stateful_callbacks
+    trainer.state.stateful_callbacks = TrainerState(stateful_callbacks=trainer.exportable()).stateful_callbacks
     write_whole(trainer.output_dir, step, lambda folder: _write(trainer, folder))
     trainer.last_saved_step = step
     rotate(trainer.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
@@ -191,16 +190,12 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     _restore_callbacks(trainer)
 
 
-def exportable(trainer: Trainer) -> list[Any]:
-    """Callbacks (and the control) whose state goes into trainer_state.json."""
-    return [c for c in [*trainer.callback_handler.callbacks, trainer.control] if isinstance(c, ExportableState)]
-
-
 def _restore_callbacks(trainer: Trainer) -> None:
     """Give each callback back what it had counted. What it was built with stays as this run's arguments say, unless
     `restore_callback_states_from_checkpoint` asks for that too."""
-    for callback in exportable(trainer):
-        saved = trainer.state.stateful_callbacks.get(type(callback).__name__)
+    by_name: dict[str, Any] = trainer.state.stateful_callbacks  # type: ignore[assignment]  # a dict once it is read
+    for callback in trainer.exportable():
+        saved = by_name.get(type(callback).__name__)
         if isinstance(saved, list):
             saved = saved.pop(0) if saved else None
         if saved is None or callback is trainer.control:

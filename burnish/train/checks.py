@@ -14,7 +14,7 @@ from burnish.errors import Problem
 from burnish.train.fields import reporters
 
 if TYPE_CHECKING:
-    from burnish.settings import Settings
+    from burnish.arguments.settings import Settings
 
 OPTIMIZERS = (  # those of train/optimizer.py, which cannot be imported here
     *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.trainer_utils import SaveStrategy, speed_metrics
 
-from burnish.data.loader import make_loader
 from burnish.errors import Problem, UserError
+from burnish.train.base import TrainerFrame
 from burnish.types import Batch
 
-if TYPE_CHECKING:
-    from burnish.train.trainer import Trainer
 
-
-class Evaluation:
+class Evaluation(TrainerFrame):
     """What `Trainer` inherits: `evaluate → evaluation_loop → prediction_step`, and which evaluation was the best."""
 
-    def evaluate(self: Trainer, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure one set, or each set of a dict under its own prefix (`eval_<name>_loss`).
 
         `_loss` is the mean over all trained tokens of the set (transformers averages batch means, which depends on the
@@ -38,11 +35,7 @@ class Evaluation:
         self.tell("on_evaluate", metrics=metrics)
         return metrics
 
-    def get_eval_dataloader(self: Trainer, eval_dataset: Any) -> Any:
-        size, options = self.args.per_device_eval_batch_size, self.loader_options()
-        return make_loader(eval_dataset, size, self.collate, seed=0, shuffle=False, options=options)
-
-    def evaluation_loop(self: Trainer, dataloader: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluation_loop(self, dataloader: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Sums on the device over all batches; nothing of a batch is kept, so memory does not grow with the set."""
         self.callback_handler.eval_dataloader = dataloader
         training = self.objective.training
@@ -65,12 +58,12 @@ class Evaluation:
         return metrics
 
     @torch.no_grad()
-    def prediction_step(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def prediction_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(summed loss, hits or None) of one batch, both on the device."""
         result = self.objective(batch.to(self.device), count_correct=self.count_correct)
         return result.loss, result.correct
 
-    def metric_for_best(self: Trainer, metrics: dict[str, float]) -> float:
+    def metric_for_best(self, metrics: dict[str, float]) -> float:
         name = self.args.metric_for_best_model or "loss"
         key = name if name.startswith("eval_") else f"eval_{name}"
         if key not in metrics:
@@ -78,7 +71,7 @@ class Evaluation:
             raise UserError(Problem(f"--{setting}", setting, name, "was not measured", there))
         return metrics[key]
 
-    def note_best(self: Trainer, metrics: dict[str, float]) -> bool:
+    def note_best(self, metrics: dict[str, float]) -> bool:
         """Is it the best so far? Asked after on_evaluate, since EarlyStoppingCallback compares with those before."""
         if self.args.metric_for_best_model is None:
             return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 import weakref
@@ -231,7 +232,12 @@ def _numbers(logs: Mapping[str, Any]) -> list[str]:
 
 def _evaluation(logs: Mapping[str, Any]) -> list[str]:
     """eval_loss, eval_perplexity → loss, perplexity; with one set a name, eval_law_loss → law_loss."""
-    return [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if _is_evaluation(name)]
+    return [f"{name.removeprefix('eval_')} {measure(logs[name])}" for name in logs if _is_evaluation(name)]
+
+
+def measure(value: float) -> str:
+    """Four places where they tell something: a perplexity may be in the thousands."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _summary(state: TrainerState, logs: Mapping[str, Any]) -> str:
@@ -275,11 +281,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _append(path: Path, line: str) -> None:
     """One write to a file opened for appending: a reader sees the whole line or none of it."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, line.encode())
-    finally:
-        os.close(file)
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -292,8 +295,5 @@ def _write_whole(path: Path, text: str) -> None:
 
 def _seconds(clock: str) -> float:
     """'1:02:03' → 3723; anything else → 0."""
-    parts = clock.split(":")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        return 0.0
-    hour, minute, second = map(int, parts)
-    return float(3600 * hour + 60 * minute + second)
+    found = re.fullmatch(r"(\d+):(\d\d):(\d\d)", clock)
+    return sum(int(part) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0

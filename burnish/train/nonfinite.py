@@ -7,6 +7,7 @@ the weights from before the step, runs its rows again and says which of them, an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class StepRecord:
     """What is needed to come back to the moment before an optimizer step."""
 
     step: int  # number of the step, counted from 1
-    epoch: float | None  # before it
+    epoch: float  # before it
     scheduler: dict[str, Any]  # the learning rate's state before it
     batches: list[Batch]
 
@@ -87,7 +88,9 @@ def _first_fault(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | None:
         if not faults and not torch.isfinite(loss):
             faults.append(f"the loss itself is {loss.item()}")
         if not faults:
-            loss.backward()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Full backward hook is firing")  # embeddings: ids have no gradient
+                loss.backward()
             weights = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
             if weights and not faults:
                 faults.append(f"the gradient of {weights[0]} is not finite")

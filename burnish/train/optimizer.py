@@ -3,7 +3,8 @@
 One rule of precision: the model computes in its own dtype (bf16 or float32), what is trained is kept in float32. For a
 bf16 model that means a float32 master of each trained weight: gradients are added up in it, the optimizer moves it,
 and after the step the model gets its rounding. A float32 model is its own master. So the weights that a checkpoint
-saves are exactly those that the forward pass used, and small updates are not lost (Micikevicius et al., arXiv 1710.03740).
+saves are exactly those that the forward pass used, and small updates are not lost (Micikevicius et al., arXiv
+1710.03740).
 """
 
 from __future__ import annotations

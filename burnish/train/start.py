@@ -10,7 +10,7 @@ from burnish.errors import Problem, UserError
 from burnish.train import checkpoint
 
 if TYPE_CHECKING:
-    from burnish.settings import Settings
+    from burnish.arguments.settings import Settings
 
 SETTINGS_FILE = "burnish.yaml"
 
@@ -51,7 +51,7 @@ def _named_checkpoint(settings: Settings, asked: str, output_dir: Path) -> Path:
 
 def _refuse_another_run(settings: Settings, last: Path) -> None:
     """A checkpoint is gone on from only with the arguments that it was trained with."""
-    from burnish.arguments import read_settings
+    from burnish.arguments.parse import read_settings
 
     remedy = "give another output_dir, or overwrite_output_dir: true to train anew"
     if not (last / SETTINGS_FILE).is_file():

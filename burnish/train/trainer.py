@@ -11,104 +11,28 @@ Left out: distribution over processes (`train/distributed.py` wraps the model) a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers import TrainerState, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
-from burnish.data.loader import Collate, make_loader, order_of
+from burnish.data.loader import order_of
 from burnish.errors import Problem, RunStopped, UserError
-from burnish.model.head import CausalLoss, unwrap
+from burnish.model.head import unwrap
 from burnish.train import checkpoint
 from burnish.train.evaluate import Evaluation
 from burnish.train.interrupt import Interrupt
 from burnish.train.nonfinite import FiniteGuard, StepRecord, diagnose
-from burnish.train.optimizer import (
-    Masters,
-    create_optimizer,
-    create_scheduler,
-    current_learning_rate,
-    steps_on_metric,
-)
+from burnish.train.optimizer import Masters, create_optimizer, create_scheduler, current_learning_rate, steps_on_metric
 from burnish.train.steps import Steps, count_steps
 from burnish.types import Batch
 
 
 class Trainer(Evaluation):
-    """Trains `objective.model` on `train_dataset` (a store or stream of Samples) as `args` say.
-
-    `objective` gives the summed loss of a Batch, `collate` makes a Batch of Samples, `eval_dataset` is a store or a
-    dict of stores. `beside_weights(folder)` may add files to every checkpoint (`burnish.yaml`).
-    """
-
-    def __init__(
-        self,
-        objective: CausalLoss,
-        args: Any,
-        *,
-        collate: Collate,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
-        loraplus_lr_ratio: float | None = None,
-        count_correct: bool = False,
-        beside_weights: Callable[[Path], None] | None = None,
-    ):
-        self.objective, self.args, self.collate = objective, args, collate
-        self.model: nn.Module = objective.model
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self.processing_class, self.beside_weights = processing_class, beside_weights
-        self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
-        self.device: torch.device = args.device
-        self.output_dir = Path(args.output_dir)
-        reporters = get_reporting_integration_callbacks(args.report_to)
-        self.callback_handler = CallbackHandler(
-            [DefaultFlowCallback, *reporters, *callbacks], self.model, processing_class, None, None
-        )
-        self.control = TrainerControl()
-        self.state = TrainerState(stateful_callbacks=checkpoint.exportable(self))
-        self.tell("on_init_end")
-
-    def tell(self, event: str, **details: Any) -> None:
-        """Let every callback know; what they answer is obeyed from here on."""
-        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, **details)
-
-    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        self.callback_handler.add_callback(callback)
-
-    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
-        return self.callback_handler.pop_callback(callback)
-
-    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        self.callback_handler.remove_callback(callback)
-
-    def get_train_dataloader(self) -> Any:
-        args = self.args
-        return make_loader(
-            self.train_dataset,
-            args.per_device_train_batch_size,
-            self.collate,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            drop_last=args.dataloader_drop_last,
-            options=self.loader_options(),
-        )
-
-    def loader_options(self) -> dict[str, Any]:
-        args = self.args
-        return {
-            "num_workers": args.dataloader_num_workers,
-            "pin_memory": args.dataloader_pin_memory and self.device.type == "cuda",
-            "persistent_workers": args.dataloader_persistent_workers,
-            "prefetch_factor": args.dataloader_prefetch_factor,
-        }
+    """Trains `objective.model` on `train_dataset` as `args` say; see `TrainerFrame` for what it is made of."""
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +71,7 @@ class Trainer(Evaluation):
         self._grad_norm: Tensor | None = None
         self._learning_rate = current_learning_rate(self.optimizer)
         self._flops_per_token = 6 * _count_non_embedding(self.model)
-        self.state = TrainerState(stateful_callbacks=checkpoint.exportable(self))
+        self.state = TrainerState(stateful_callbacks=self.exportable())
         if resume is not None:
             checkpoint.load_state(self, resume)
         self.state.train_batch_size = self.args.per_device_train_batch_size
@@ -193,16 +117,16 @@ class Trainer(Evaluation):
         self._grad_norm = self._clip_gradients()
         must_not = self.guard.check(before, step_loss, self._grad_norm)
         self.tell("on_pre_optimizer_step")
-        self._update_unless(must_not)
+        updated = self._update_unless(must_not)
         self.masters.publish()
         self.tell("on_optimizer_step")
         self._learning_rate = current_learning_rate(self.optimizer)
-        if not steps_on_metric(self.lr_scheduler):
+        if updated and not steps_on_metric(self.lr_scheduler):
             self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         # 4. What callbacks, logs and people see.
-        self.loss_since_log += step_loss
+        self.loss_since_log += step_loss.masked_fill(must_not, 0.0)  # a checkpoint of before a bad step keeps this sum
         self.state.global_step += 1
         batches_done = step_of_epoch * self.steps.accumulation + len(batches)
         self.state.epoch = epoch + batches_done / self.steps.batches_per_epoch
@@ -224,13 +148,14 @@ class Trainer(Evaluation):
             torch.nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, norm)
         return norm
 
-    def _update_unless(self, must_not: Tensor) -> None:
+    def _update_unless(self, must_not: Tensor) -> bool:
         """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
         if self.device.type == "cuda" and self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = must_not.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not must_not.item():
-            self.optimizer.step()
+        elif must_not.item():
+            return False
+        self.optimizer.step()
+        return True
 
     # ---- log, evaluate, save, stop ---------------------------------------------------------------------------------
 
@@ -254,14 +179,6 @@ class Trainer(Evaluation):
         if self.control.should_save:
             checkpoint.save(self)
             self.tell("on_save")
-
-    def log(self, logs: dict[str, float]) -> None:
-        if self.state.epoch is not None:
-            logs["epoch"] = self.state.epoch
-        if self.args.include_num_input_tokens_seen != "no":
-            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.tell("on_log", logs=logs)
 
     def _stop_if_not_finite(self) -> None:
         control = self.control

@@ -1,0 +1,157 @@
+"""Where settings come from: a YAML or JSON file, args files, the command line. Each one with its place.
+
+A value is kept as it was written: a text from YAML and the command line (`1e-5`, `no` and `007` are what the user
+typed, not what YAML 1.1 makes of them), whatever JSON says from JSON. coerce.py turns it into the field's type.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from burnish.errors import Problem
+
+WORDS_OF_TRUTH = {"true": True, "yes": True, "t": True, "y": True, "1": True, "on": True} | {
+    "false": False, "no": False, "f": False, "n": False, "0": False, "off": False
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """One setting as it was given. `typed` is its name there, `name` what it is called today."""
+
+    name: str
+    value: Any
+    place: str  # "run.yaml line 7", "--stage", "command line"
+    typed: str = ""
+    on_command_line: bool = False
+
+    def problem(self, message: str, remedy: str = "", value: Any = None) -> Problem:
+        subject = "" if self.place.startswith("--") else self.typed or self.name
+        return Problem(self.place, subject, self.value if value is None else value, message, remedy)
+
+
+@dataclass
+class Sources:
+    """Everything that was given, in the order in which later wins, and what could not be read."""
+
+    given: list[Given] = field(default_factory=list)
+    remaining: list[str] = field(default_factory=list)  # words of the command line that are no setting
+    problems: list[Problem] = field(default_factory=list)
+    config: str | None = None  # the YAML or JSON file, as typed
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def read_config(path: str) -> Sources:
+    """A YAML or JSON file of settings. A mistake of its grammar is one problem, with its line."""
+    sources = Sources(config=path)
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        sources.problems.append(Problem(path, "", None, "is not there", "check the name of the file"))
+    except (OSError, UnicodeDecodeError) as error:
+        sources.problems.append(Problem(path, "", None, f"cannot be read: {error}", "give a text file in UTF-8"))
+    else:
+        read = _read_json if path.lower().endswith(".json") else _read_yaml
+        read(path, text, sources)
+    return sources
+
+
+def _read_yaml(path: str, text: str, sources: Sources) -> None:
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return
+        if not isinstance(root, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="found no `name: value` lines", problem_mark=root.start_mark)
+        sources.problems += _twice(path, [(key.value, key.start_mark.line + 1) for key, _ in root.value])
+        loader.flatten_mapping(root)  # `<<: *anchor`
+        for key, value in root.value:
+            place = f"{path} line {key.start_mark.line + 1}"
+            sources.given.append(Given(str(key.value), loader.as_written(value), place))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        place = f"{path} line {mark.line + 1}" if mark else path
+        what = getattr(error, "problem", None) or str(error)
+        sources.problems.append(Problem(place, "", None, f"is not YAML: {what}", "write one `name: value` a line"))
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose top-level values stay as they were written; deeper down, 1e-5 is a number."""
+
+    def as_written(self, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            return None if node.tag == "tag:yaml.org,2002:null" else node.value
+        if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            return [item.value for item in node.value]
+        return self.construct_object(node, deep=True)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)?\.?\d+[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def yaml_value(text: str) -> Any:
+    """A list or mapping written in one line. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def _read_json(path: str, text: str, sources: Sources) -> None:
+    pairs: list[tuple[str, Any]] = []
+
+    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs[:] = found  # the outermost object comes last
+        return dict(found)
+
+    try:
+        root = json.loads(text, object_pairs_hook=keep)
+    except json.JSONDecodeError as error:
+        place = f"{path} line {error.lineno}"
+        sources.problems.append(Problem(place, "", None, f"is not JSON: {error.msg}", "correct this line"))
+        return
+    if not isinstance(root, dict):
+        sources.problems.append(Problem(path, "", None, "is not an object of settings", 'write {"name": value, …}'))
+        return
+    lines = _key_lines(text)
+    placed = [(name, value, lines[name].pop(0) if len(lines[name]) > 1 else lines[name][0]) for name, value in pairs]
+    sources.problems += _twice(path, [(name, line) for name, _, line in placed])
+    sources.given += [Given(name, value, f"{path} line {line}") for name, value, line in placed]
+
+
+def _key_lines(text: str) -> dict[str, list[int]]:
+    """Line numbers of `"name":` in a JSON text; a name with escapes in it is taken to stand in the first."""
+    lines: defaultdict[str, list[int]] = defaultdict(lambda: [1])
+    for number, line in enumerate(text.splitlines(), start=1):
+        for name in re.findall(r'"([^"\\]+)"\s*:', line):
+            lines[name] = [*lines[name], number] if name in lines else [number]
+    return lines
+
+
+def _twice(path: str, keys: list[tuple[str, int]]) -> list[Problem]:
+    first: dict[str, int] = {}
+    found = []
+    for key, line in keys:
+        name = str(key)
+        if name != "<<" and name in first:
+            message = f"stands twice, first at line {first[name]}"
+            found.append(Problem(f"{path} line {line}", name, None, message, "keep one of them"))
+        first.setdefault(name, line)
+    return found
+
+
+def as_given(values: Mapping[str, Any]) -> list[Given]:
+    """A dict from Python."""
+    return [Given(str(name), value, "arguments") for name, value in values.items()]

@@ -1,0 +1,178 @@
+"""`burnish COMMAND …`: from the words of a command line to one function, and from its errors to an exit status.
+
+0 done, 1 failed, 2 something that the user gave is wrong (one line each), 130 interrupted. Only `main` reads sys.argv.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from burnish import console, ranks
+from burnish.errors import Problem, RunStopped, UserError
+
+if TYPE_CHECKING:
+    from burnish.arguments.settings import Settings
+
+HELP = """\
+burnish tunes open-weight language models and talks with them.
+
+  burnish train CONFIG.yaml     tune a model on your data
+  burnish chat CONFIG.yaml      talk with it, or with any model
+  burnish env                   versions and devices of this machine
+  burnish version               which burnish this is
+
+Settings come from a YAML or JSON file, from the command line, or from both; the
+command line wins:
+
+  burnish train run.yaml learning_rate=2e-4 --output_dir saves/second
+  burnish train --model_name_or_path MODEL --dataset pairs.jsonl --output_dir O
+
+`burnish train --help` and `burnish chat --help` list every setting.
+A mistake is told with its place, its value and what to do, before anything is
+loaded.
+"""
+
+NOT_BUILT = {
+    "preview": "train prints the first sample as the model sees it",
+    "plan": "start with per_device_train_batch_size: 1 and see what fits",
+    "export": "peft's merge_and_unload makes one model of base and adapter",
+    "api": "burnish chat talks with the model in the terminal",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except UserError as error:
+        for problem in error.problems:
+            console.fail(str(problem))
+        return 2
+    except RunStopped as stopped:
+        console.fail(str(stopped))
+        return stopped.status
+    except KeyboardInterrupt:
+        console.fail("interrupted")
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0 if words else 2
+    command, rest = words[0].removeprefix("--"), words[1:]
+    if command not in COMMANDS:
+        raise UserError(_no_command(words[0]))
+    COMMANDS[command](rest)
+    return 0
+
+
+def _no_command(word: str) -> Problem:
+    if word in NOT_BUILT:
+        return Problem(f"burnish {word}", "", None, "is not built yet", NOT_BUILT[word])
+    if word.endswith((".yaml", ".yml", ".json")):
+        return Problem("burnish", "", word, "is not a command", f"did you mean `burnish train {word}`?")
+    near = get_close_matches(word, [*COMMANDS, *NOT_BUILT], n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
+    return Problem("burnish", "", word, "is not a command", remedy)
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+def train(words: list[str]) -> None:
+    if _asks_for_help("train", words):
+        return
+    if ranks.world_size() > 1:
+        message = "processes were started, and one run is one process for now"
+        raise UserError(Problem("WORLD_SIZE", "", ranks.world_size(), message, "start `burnish train` by itself"))
+    settings = _settings("train", words, [wrong_data_sets, wrong_template])
+    from burnish.workflow import run_train
+
+    run_train(settings)
+
+
+def chat(words: list[str]) -> None:
+    if _asks_for_help("chat", words):
+        return
+    settings = _settings("chat", words, [wrong_template])
+    from burnish.workflow import run_chat
+
+    run_chat(settings)
+
+
+def env(words: list[str]) -> None:
+    _takes_nothing("env", words)
+    from burnish.environment import describe
+
+    for name, value in describe():
+        console.say(f"{name:<24}{value}")
+
+
+def version(words: list[str]) -> None:
+    _takes_nothing("version", words)
+    from burnish.environment import version_of
+
+    console.say(f"burnish {version_of('burnish') or '(a checkout that is not installed)'}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "chat": chat, "env": env, "version": version}
+
+
+def _settings(command: str, words: list[str], checks: Sequence[Callable[[Settings], list[Problem]]]) -> Settings:
+    """The checked settings; what old names and other tools' settings became is printed once."""
+    from burnish.arguments.parse import parse_command
+
+    settings = parse_command(command, words, checks)
+    if settings.translated:
+        rows = [(old, new or "-", note) for old, new, note in settings.translated]
+        console.table(("given", "today", "what happens"), rows)
+    return settings
+
+
+def _asks_for_help(command: str, words: list[str]) -> bool:
+    if not {"-h", "--help"} & set(words):
+        return False
+    from burnish.arguments.fields import help_text
+
+    sys.stdout.write(help_text(command))
+    return True
+
+
+def _takes_nothing(command: str, words: list[str]) -> None:
+    if words:
+        raise UserError([Problem(f"burnish {command}", "", word, "is not wanted", "leave it out") for word in words])
+
+
+# ---- checks that need rooms above the floor of arguments -----------------------------------------------------------
+
+
+def wrong_data_sets(settings: Settings) -> list[Problem]:
+    """What dataset_info.json says of the data sets that it has; names that it has not are told already."""
+    from burnish.data.arguments import unknown_names
+    from burnish.data.catalog import problems
+
+    if settings.is_faulty("dataset", "eval_dataset", "dataset_dir"):
+        return []
+    known = {
+        name: [item for item in settings.value(name) or () if item not in unknown_names(settings, name)]
+        for name in ("dataset", "eval_dataset")
+    }
+    return problems(replace(settings.data, **known))
+
+
+def wrong_template(settings: Settings) -> list[Problem]:
+    """A template that is neither one of burnish's nor a file."""
+    from burnish.chat.named import named_templates
+
+    template, names = settings.value("template"), named_templates()
+    if template is None or template in names or Path(template).expanduser().is_file():
+        return []
+    near = get_close_matches(template, names, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}, or leave it out"
+    return [settings.problem("template", "is neither a template of burnish nor a file", remedy)]

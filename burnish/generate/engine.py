@@ -1,0 +1,244 @@
+"""Tokens in, tokens out: a model, its tokenizer and its chat template, put to work through `model.generate`.
+
+`Engine.chat` streams the text of one answer, `Engine.generate` answers many prompts. What is not asked for comes from
+the model's own generation config. Who talks (a terminal, an evaluation, a server) and where the settings come from is
+not known here; messages become ids only through the template.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from burnish.chat.template import CannotRender
+from burnish.errors import Problem, UserError
+from burnish.generate.stream import StopWhen, TextPieces, TokenStream
+from burnish.types import Message
+
+if TYPE_CHECKING:
+    from burnish.chat.template import ChatTemplate
+    from burnish.generate.arguments import GeneratingArguments
+
+DEFAULT_NEW_TOKENS = 1024  # where neither the user nor the model's generation config says how long an answer may be
+
+
+class Engine:
+    """One model that answers one call at a time; a call from another thread waits for its turn."""
+
+    def __init__(self, model: Any, tokenizer: Any, template: ChatTemplate, generating: GeneratingArguments):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.generating = generating
+        self._turn = threading.Lock()
+
+    def chat(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, **overrides: Any
+    ) -> Generator[str, None, Message]:
+        """The answer to a conversation, piece by piece; the generator returns it whole, as the template parses it.
+
+        Closing the generator ends the generation at the next token. `overrides` are fields of GeneratingArguments.
+        A conversation that does not fit, or that the template refuses, raises UserError here and now, not at the first
+        piece. With several beams nothing is known before the end, and the answer comes in one piece.
+
+        >>> for piece in engine.chat([{"role": "user", "content": "What is the capital of France?"}]):
+        ...     print(piece, end="")
+        The capital of France is Paris.
+        """
+        asked = replace(self.generating, **overrides)
+        try:
+            prompt = self.template.prompt(messages, tools)
+        except CannotRender as error:
+            raise UserError(Problem("conversation", "", None, f"cannot be asked: {error}")) from error
+        self._check_lengths([prompt])
+        return self._stream(prompt, self.generation_config(asked, len(prompt)), asked.skip_special_tokens)
+
+    def _stream(
+        self, prompt: list[int], config: GenerationConfig, skip_special_tokens: bool
+    ) -> Generator[str, None, Message]:
+        stop_ids = set(_as_list(config.eos_token_id))
+        pieces = TextPieces(self.tokenizer, skip_special_tokens)
+        answer: list[int] = []
+        stream, stop = TokenStream(), threading.Event()
+        thread = threading.Thread(target=self._fill, args=(stream, stop, prompt, config), daemon=True)
+        thread.start()
+        try:
+            for token_id in stream:
+                answer.append(token_id)
+                if token_id not in stop_ids and (piece := pieces.push(token_id)):
+                    yield piece
+            if piece := pieces.flush():
+                yield piece
+            return self.template.parse(answer)
+        finally:
+            stop.set()
+            thread.join()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 1,
+        stop: threading.Event | None = None,
+        **overrides: Any,
+    ) -> list[list[int]]:
+        """Prompts → the new ids of each, in order, its end token included where it came to one.
+
+        Prompts of a batch are padded on the left. In bf16 that moves the logits (by more than 0.5 with 50 pads on a
+        small model), so one at a time is the default, and an answer then does not depend on its neighbours.
+        """
+        asked = replace(self.generating, **overrides)
+        self._check_lengths(prompts)
+        stop = stop or threading.Event()
+        answers: list[list[int]] = []
+        for first in range(0, len(prompts), batch_size):
+            batch = [list(prompt) for prompt in prompts[first : first + batch_size]]
+            config = self.generation_config(asked, max(map(len, batch)))
+            answers += self._run(batch, config, stop)
+        return answers
+
+    def generation_config(self, asked: GeneratingArguments, prompt_length: int) -> GenerationConfig:
+        """What is asked for; what is None was not said, and transformers fills it in from the model's own config."""
+        own = self.model.generation_config
+        samples = _samples(asked, own)
+        settings: dict[str, Any] = {
+            "do_sample": samples,
+            "num_beams": asked.num_beams or own.num_beams or 1,
+            "repetition_penalty": asked.repetition_penalty,
+            "eos_token_id": sorted({*self.template.stop_ids, *_as_list(own.eos_token_id)}) or None,
+            "pad_token_id": self._pad_id(),
+        }
+        if samples:
+            settings |= {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k}
+        else:  # values that mean nothing: transformers would warn of the model's own, which greedy decoding cannot use
+            settings |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0}
+        if settings["num_beams"] > 1:
+            settings["length_penalty"] = asked.length_penalty
+        new_tokens = self._new_tokens(asked, prompt_length)
+        # max_new_tokens wins over max_length, and transformers warns when both are set, even if one is the model's own
+        if own.max_length is None or own.max_new_tokens is not None:
+            settings["max_new_tokens"] = new_tokens
+        else:
+            settings["max_length"] = prompt_length + new_tokens
+        return GenerationConfig(**{name: value for name, value in settings.items() if value is not None})
+
+    def _new_tokens(self, asked: GeneratingArguments, prompt_length: int) -> int:
+        """How many tokens may follow a prompt: as asked, else the model's habit, and never past its positions."""
+        own, limit = self.model.generation_config, _num_positions(self.model.config)
+        if asked.max_new_tokens is not None:
+            new_tokens = asked.max_new_tokens
+        elif asked.max_length is not None:
+            new_tokens = asked.max_length - prompt_length
+        elif own.max_new_tokens is not None:
+            new_tokens = own.max_new_tokens
+        elif own.max_length is not None and own.max_length > prompt_length:
+            new_tokens = own.max_length - prompt_length
+        else:
+            new_tokens = DEFAULT_NEW_TOKENS
+        if new_tokens < 1:
+            name = "max_length" if asked.max_new_tokens is None else "max_new_tokens"
+            problem = f"leaves no room for an answer to a prompt of {prompt_length:,} tokens"
+            raise UserError(Problem("generation", name, vars(asked)[name], problem, "make it larger"))
+        return new_tokens if limit is None else min(new_tokens, limit - prompt_length)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises UserError with every prompt that the model cannot answer at all."""
+        limit = _num_positions(self.model.config)
+        problems = []
+        for number, prompt in enumerate(prompts, start=1):
+            place = "prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+            if not prompt:
+                problems.append(Problem(place, "", None, "is empty", "give it at least one token"))
+            elif limit is not None and len(prompt) >= limit:
+                message = (
+                    f"has {len(prompt):,} tokens; the model has {limit:,} positions for prompt and answer together"
+                )
+                problems.append(Problem(place, "", None, message, "shorten it or begin a new conversation"))
+        if problems:
+            raise UserError(problems)
+
+    def _pad_id(self) -> int:
+        """Padded positions are masked, so any id will do: the tokenizer's, or an end token."""
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if pad_id is not None else next(iter(self.template.stop_ids), 0)
+
+    def _fill(self, stream: TokenStream, stop: threading.Event, prompt: list[int], config: GenerationConfig) -> None:
+        """The generating thread: whatever happens in it, the reader hears of it."""
+        try:
+            if config.num_beams > 1:  # transformers streams no beams
+                stream.give(self._run([prompt], config, stop)[0])
+            else:
+                self._run([prompt], config, stop, stream)
+            stream.close()
+        except BaseException as error:
+            stream.close(error)
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        stop: threading.Event,
+        stream: TokenStream | None = None,
+    ) -> list[list[int]]:
+        pad_id, longest = config.pad_token_id, max(map(len, prompts))
+        device = self.model.device
+        input_ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)  # [B, S]
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, S]
+        with self._turn, _evaluating(self.model):
+            if stop.is_set():
+                return [[] for _ in prompts]
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([StopWhen(stop)]),
+                streamer=stream,
+            )
+        stop_ids = set(_as_list(config.eos_token_id))
+        return [_until_end(row, stop_ids) for row in output[:, longest:].tolist()]
+
+
+def _samples(asked: GeneratingArguments, own: GenerationConfig) -> bool:
+    """Is the next token drawn, or the likeliest taken? A temperature of 0 is OpenAI's word for the latter."""
+    if asked.temperature == 0:
+        return False
+    if asked.do_sample is not None:
+        return asked.do_sample
+    if any(value is not None for value in (asked.temperature, asked.top_p, asked.top_k)):
+        return True  # who sets how to draw wants to draw
+    return bool(own.do_sample) and own.temperature != 0
+
+
+def _num_positions(config: Any) -> int | None:
+    """The longest text the model was made for; None where it has no such bound (recurrent models)."""
+    text = config.get_text_config(decoder=True)
+    return text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None
+
+
+def _as_list(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _until_end(ids: list[int], stop_ids: set[int]) -> list[int]:
+    """One row of a batch up to its own end token, which stays; what follows is padding."""
+    for i, token_id in enumerate(ids):
+        if token_id in stop_ids:
+            return ids[: i + 1]
+    return ids
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No dropout while it generates; a model that is being trained goes back to it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,117 @@
+"""ModelArguments: which weights and which tokenizer, and how they are read. The names are LLaMA-Factory's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from burnish.arguments.settings import Settings
+    from burnish.errors import Problem
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass
+class ModelArguments:
+    """Which model is tuned or asked."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model: a folder of weights, or its name on a hub."}
+    )
+    adapter_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Adapters on top of the model: folders or names on a hub, several separated by commas."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where files from a hub are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on its hub."})
+    hf_hub_token: str | None = field(
+        default=None, metadata={"help": "Token for private models on the Hugging Face hub; never written to a file."}
+    )
+    use_fast_tokenizer: bool = field(
+        default=True, metadata={"help": "Has no effect: the fast tokenizer is used wherever one exists."}
+    )
+    split_special_tokens: bool = field(
+        default=False,
+        metadata={"help": "Read what looks like a special token inside a message as plain text."},
+    )
+    add_tokens: list[str] | None = field(
+        default=None, metadata={"help": "Plain tokens to add to the tokenizer, separated by commas."}
+    )
+    add_special_tokens: list[str] | None = field(
+        default=None, metadata={"help": "Special tokens to add to the tokenizer, separated by commas."}
+    )
+    resize_vocab: bool = field(
+        default=False, metadata={"help": "Grow the embeddings when the tokenizer has more tokens than the model."}
+    )
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = field(
+        default=None, metadata={"help": "How positions beyond the model's own length are scaled."}
+    )
+    flash_attn: Literal["auto", "fa2", "fa3", "sdpa", "disabled", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Attention: auto, fa2 and fa3 are burnish's variable-length attention, "
+            "sdpa is torch's over padded rows, disabled (off) is the model's own plain code."
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
+    use_kv_cache: bool = field(default=True, metadata={"help": "Keep keys and values between generated tokens."})
+    infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = field(
+        default="auto", metadata={"help": "Number format of the weights when the model is asked, not trained."}
+    )
+
+
+# Accepted, and nothing changes: column "nothing to change" of docs/arguments.md.
+NOTHING_TO_CHANGE = {"use_fast_tokenizer": "transformers 5 has a fast tokenizer or none"}
+
+DO_NOT_TRAIN = {"cache_dir", "hf_hub_token", "use_fast_tokenizer", "use_kv_cache", "infer_dtype"}  # for A5's comparison
+
+
+def problems(settings: Settings) -> list[Problem]:
+    found: list[Problem] = []
+    if settings.command == "chat" and _asks_a_whole_model(settings):
+        return []
+    model = settings.value("model_name_or_path")
+    if model is None and not settings.is_faulty("model_name_or_path"):
+        found.append(settings.missing("model_name_or_path", "give a folder of weights or a name on a hub"))
+    if model is not None:
+        found += _folder_problems(settings, "model_name_or_path", model, "config.json")
+    for adapter in settings.value("adapter_name_or_path") or ():
+        found += _folder_problems(settings, "adapter_name_or_path", adapter, "adapter_config.json")
+    return found
+
+
+def _asks_a_whole_model(settings: Settings) -> bool:
+    """Chat on the file of a full or freeze run: the base it was tuned from is not read again."""
+    return (
+        bool(settings.value("output_dir"))
+        and settings.value("finetuning_type") != "lora"
+        and not settings.on_command_line("model_name_or_path")
+    )
+
+
+def _folder_problems(settings: Settings, name: str, value: str, must_hold: str) -> list[Problem]:
+    """A path that is not there, or a folder without the file that makes it a model. Names on a hub pass."""
+    folder = Path(value).expanduser()
+    if folder.is_dir():
+        if (folder / must_hold).is_file():
+            return []
+        return [settings.problem(name, f"holds no {must_hold}", "give the folder that does", value=value)]
+    if folder.exists():
+        return [settings.problem(name, "is a file", f"give the folder that holds {must_hold}", value=value)]
+    if looks_like_a_path(value):
+        return [settings.problem(name, "is not there", f"looked for the folder {folder.absolute()}", value=value)]
+    return []
+
+
+def looks_like_a_path(value: str) -> bool:
+    """
+    >>> [looks_like_a_path(v) for v in ("gpt2", "Qwen/Qwen3-0.6B", "./model", "a/b/c", "~/model")]
+    [False, False, True, True, True]
+    """
+    if not HUB_NAME.fullmatch(value):
+        return True
+    first, slash, _ = value.partition("/")
+    return bool(slash) and Path(first).is_dir()  # `saves/run1` where `saves` is a folder here

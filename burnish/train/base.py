@@ -1,0 +1,105 @@
+"""What a Trainer is made of before anything runs: its parts, its callbacks, its data loaders, its log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
+
+from burnish.data.loader import Collate, make_loader
+from burnish.model.head import CausalLoss
+
+
+class TrainerFrame:
+    """The parts of a run.
+
+    `objective` gives the summed loss of a Batch, `collate` makes a Batch of Samples, `train_dataset` is a store or a
+    stream of Samples, `eval_dataset` a store or a dict of stores. `beside_weights(folder)` may add files to every
+    checkpoint (`burnish.yaml`).
+    """
+
+    def __init__(
+        self,
+        objective: CausalLoss,
+        args: Any,
+        *,
+        collate: Collate,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
+        loraplus_lr_ratio: float | None = None,
+        count_correct: bool = False,
+        beside_weights: Callable[[Path], None] | None = None,
+    ):
+        self.objective, self.args, self.collate = objective, args, collate
+        self.model: nn.Module = objective.model
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.processing_class, self.beside_weights = processing_class, beside_weights
+        self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
+        self.device: torch.device = args.device
+        self.output_dir = Path(args.output_dir)
+        reporters = get_reporting_integration_callbacks(args.report_to)
+        self.callback_handler = CallbackHandler(
+            [DefaultFlowCallback, *reporters, *callbacks], self.model, processing_class, None, None
+        )
+        self.control = TrainerControl()
+        self.state = TrainerState(stateful_callbacks=self.exportable())
+        self.tell("on_init_end")
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Let every callback know; what they answer is obeyed from here on."""
+        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, **details)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        self.callback_handler.remove_callback(callback)
+
+    def get_train_dataloader(self) -> Any:
+        args = self.args
+        return make_loader(
+            self.train_dataset,
+            args.per_device_train_batch_size,
+            self.collate,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            options=self.loader_options(),
+        )
+
+    def loader_options(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and self.device.type == "cuda",
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "multiprocessing_context": args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+            "in_order": args.dataloader_in_order,
+        }
+
+    def get_eval_dataloader(self, eval_dataset: Any) -> Any:
+        size, options = self.args.per_device_eval_batch_size, self.loader_options()
+        return make_loader(eval_dataset, size, self.collate, seed=0, shuffle=False, options=options)
+
+    def log(self, logs: dict[str, float]) -> None:
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        if self.args.include_num_input_tokens_seen != "no":
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.tell("on_log", logs=logs)
+
+    def exportable(self) -> list[Any]:
+        """Callbacks (and the control) whose state goes into trainer_state.json."""
+        return [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]

@@ -1,0 +1,55 @@
+"""`init_adapter`: which weights of a loaded model are trained, by `finetuning_type`, and adapters put on or merged in.
+
+    full     every weight of the text model
+    freeze   some blocks (freeze.py)
+    lora     small matrices beside frozen weights, through peft (lora.py)
+
+Without `trainable` nothing is trained: adapters are merged and the model is ready to be asked.
+"""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from burnish import console
+from burnish.errors import Problem, UserError
+from burnish.model.arguments import ModelArguments
+from burnish.tuning.arguments import FinetuningArguments
+from burnish.tuning.blocks import text_modules
+from burnish.tuning.freeze import init_freeze
+from burnish.tuning.lora import init_lora, merge_adapters
+
+
+def init_adapter(
+    model: PreTrainedModel, args: FinetuningArguments, model_args: ModelArguments, *, trainable: bool
+) -> PreTrainedModel | PeftModel:
+    """The model to train (`requires_grad` set on every parameter), or to ask. `model` itself is changed."""
+    adapters = list(model_args.adapter_name_or_path or [])
+    if not trainable:
+        model = merge_adapters(model, adapters, model_args)
+        return model.requires_grad_(False).eval()
+    if args.finetuning_type == "lora":
+        return init_lora(model, args, model_args)
+    if adapters:
+        remedy = "set finetuning_type: lora, or export base and adapter into one model first"
+        message = f"cannot be trained with finetuning_type: {args.finetuning_type}"
+        raise UserError(Problem(adapters[0], "adapter_name_or_path", None, message, remedy))
+    if args.finetuning_type == "freeze":
+        init_freeze(model, args)
+    else:
+        _train_everything(model)
+    return model
+
+
+def _train_everything(model: PreTrainedModel) -> None:
+    """Every weight that text passes through. What sees or hears would only lie in memory: no row reaches it."""
+    text: list[nn.Module] = list(text_modules(model).values())
+    model.requires_grad_(False)
+    for parameter in (parameter for module in text for parameter in module.parameters(recurse=False)):
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    idle = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    if idle:
+        console.say(f"{idle:,} parameters that no text passes through are not trained")

@@ -1,0 +1,220 @@
+"""One run, read top to bottom: `run_pt`, `run_sft`, `run_chat`. Everything below is handed its parts from here.
+
+The rooms do not know each other: the data room gets a chat template as something that encodes messages, the trainer an
+objective and batches, the terminal an engine. This file is where they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, enable_full_determinism, set_seed
+from transformers.utils import logging as transformers_logging
+
+from burnish import console
+from burnish.arguments.parse import for_inference
+from burnish.arguments.settings import Settings
+from burnish.chat.template import ChatTemplate, load_template
+from burnish.data.loader import make_collate
+from burnish.data.report import first_sample_text
+from burnish.data.sources import Datasets, Hub, get_dataset
+from burnish.generate.engine import Engine
+from burnish.model.head import CausalLoss
+from burnish.model.loader import compute_dtype, load_model, parameter_table
+from burnish.model.patch import enable_gradient_checkpointing, wants_gradient_checkpointing
+from burnish.model.probe import Path as ModelPath
+from burnish.model.probe import choose_path
+from burnish.model.tokenizer import load_tokenizer
+from burnish.serve.terminal import chat_loop
+from burnish.train import checkpoint
+from burnish.train.card import write_card
+from burnish.train.logs import LogCallback, ProgressCallback, save_metrics
+from burnish.train.plot import plot_loss
+from burnish.train.start import decide_start
+from burnish.train.trainer import Trainer
+from burnish.tuning.adapter import init_adapter
+from burnish.tuning.fuse import fuse_lora
+
+Callbacks = Iterable[TrainerCallback | type[TrainerCallback]]
+
+
+def run_train(settings: Settings, callbacks: Callbacks = ()) -> None:
+    """`burnish train`: the run of the settings' stage."""
+    {"pt": run_pt, "sft": run_sft}[settings.finetuning.stage](settings, callbacks)
+
+
+def run_pt(settings: Settings, callbacks: Callbacks = ()) -> None:
+    """Go on pre-training on plain text."""
+    args, resume = _begin(settings)
+    tokenizer = load_tokenizer(settings.model)
+    datasets = get_dataset(settings.data, "pt", tokenizer, None, seed=args.seed, hub=_hub(settings))
+    _show(datasets, tokenizer)
+    model, path = _load_for_training(settings, args, tokenizer)
+    trainer = _make_trainer(settings, args, model, path, tokenizer, datasets, callbacks)
+    _run(settings, trainer, resume)
+
+
+def run_sft(settings: Settings, callbacks: Callbacks = ()) -> None:
+    """Learn to answer as the examples do."""
+    args, resume = _begin(settings)
+    tokenizer = load_tokenizer(settings.model)
+    template = _load_template(settings, tokenizer)
+    datasets = get_dataset(settings.data, "sft", tokenizer, template, seed=args.seed, hub=_hub(settings))
+    _show(datasets, tokenizer)
+    model, path = _load_for_training(settings, args, tokenizer)
+    trainer = _make_trainer(settings, args, model, path, tokenizer, datasets, callbacks)
+    _run(settings, trainer, resume)
+
+
+def run_chat(settings: Settings) -> None:
+    """`burnish chat`: talk with a model, or with what a training file's run left."""
+    engine = load_engine(settings)
+    chat_loop(engine, system=settings.data.default_system, name=_name(settings))
+
+
+def load_engine(settings: Settings) -> Engine:
+    """The tuned (or the named) model, ready to answer, exactly as training saw it: same template, same renderer."""
+    transformers_logging.disable_progress_bar()
+    model_args, notes = for_inference(settings)
+    for note in notes:
+        console.warn(note)
+    tokenizer = load_tokenizer(model_args)
+    template = _load_template(settings, tokenizer)
+    device = "cuda" if torch.cuda.is_available() and not settings.value("use_cpu") else "cpu"
+    model = load_model(
+        model_args,
+        dtype=_inference_dtype(settings, device),
+        trainable=False,
+        device=device,
+        tokenizer=tokenizer,
+        max_length=settings.data.cutoff_len,
+    )
+    model = init_adapter(model, settings.finetuning, model_args, trainable=False)
+    return Engine(model, tokenizer, template, settings.generating)
+
+
+def _begin(settings: Settings) -> tuple[Any, Path | None]:
+    """Arguments, seeds, and where to begin: (transformers' arguments, the checkpoint to go on from or None)."""
+    args = settings.training()
+    transformers_logging.set_verbosity(args.get_process_log_level() if args.log_level != "passive" else 40)
+    transformers_logging.disable_progress_bar()
+    resume = decide_start(settings) if args.do_train else None
+    if args.full_determinism:
+        enable_full_determinism(args.seed)
+    else:
+        set_seed(args.seed)
+    return args, resume
+
+
+def _load_template(settings: Settings, tokenizer: Any) -> ChatTemplate:
+    data = settings.data
+    template = load_template(
+        tokenizer,
+        data.template,
+        default_system=data.default_system,
+        enable_thinking=data.enable_thinking,
+        split_special_tokens=settings.model.split_special_tokens,
+    )
+    for note in template.notes:
+        console.warn(note)
+    tokenizer.chat_template = template.jinja  # so that what is saved is what was trained
+    return template
+
+
+def _hub(settings: Settings) -> Hub:
+    return Hub(settings.model.cache_dir, settings.model.hf_hub_token)
+
+
+def _show(datasets: Datasets, tokenizer: Any) -> None:
+    """What was kept, cut and dropped, and the first sample as the model sees it."""
+    for line in datasets.report.lines():
+        console.say(line)
+    first = next(iter(datasets.train or next(iter(datasets.eval.values()), ())), None)
+    if first is not None:
+        console.say(first_sample_text(first, tokenizer))
+
+
+def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, ModelPath]:
+    """The model with what is trained marked, and the path its arithmetic allows."""
+    model = load_model(
+        settings.model,
+        dtype=compute_dtype(args.bf16, args.device),
+        trainable=True,
+        device=args.device,
+        tokenizer=tokenizer,
+        max_length=settings.data.cutoff_len,
+    )
+    model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
+    path = choose_path(model, packed_attention=settings.model.flash_attn in ("auto", "fa2", "fa3"))
+    on, details = wants_gradient_checkpointing(args)
+    if on:
+        enable_gradient_checkpointing(model, details)
+    console.say(f"{parameter_table(model)}; {path}")
+    return model, path
+
+
+def _make_trainer(
+    settings: Settings,
+    args: Any,
+    model: Any,
+    path: ModelPath,
+    tokenizer: Any,
+    datasets: Datasets,
+    callbacks: Callbacks,
+) -> Trainer:
+    tuning = settings.finetuning
+    own: list[TrainerCallback] = [LogCallback(args.output_dir), ProgressCallback()]
+    if tuning.early_stopping_steps:
+        own.append(EarlyStoppingCallback(early_stopping_patience=tuning.early_stopping_steps))
+    return Trainer(
+        CausalLoss(model, fused=path.fused_head, label_smoothing=args.label_smoothing_factor),
+        args,
+        collate=make_collate(
+            tokenizer,
+            padding_free=path.padding_free,
+            ignore_pad_token_for_loss=settings.data.ignore_pad_token_for_loss,
+            takes_token_type_ids="token_type_ids" in tokenizer.model_input_names,
+        ),
+        train_dataset=datasets.train,
+        eval_dataset=datasets.eval.get("eval", datasets.eval) or None,
+        processing_class=tokenizer,
+        callbacks=[*own, *callbacks],
+        loraplus_lr_ratio=tuning.loraplus_lr_ratio,
+        count_correct=tuning.compute_accuracy,
+        beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
+    )
+
+
+def _run(settings: Settings, trainer: Trainer, resume: Path | None) -> None:
+    """Train, evaluate, and leave the files that a run leaves."""
+    args, folder = trainer.args, trainer.output_dir
+    if args.do_train:
+        if resume is None:
+            checkpoint.clear_run(folder)
+        result = trainer.train(resume)
+        trainer.save_model()
+        trainer.state.save_to_json(str(folder / checkpoint.STATE_FILE))
+        save_metrics(folder, "train", result.metrics)
+    if args.do_eval and trainer.eval_dataset is not None:
+        save_metrics(folder, "eval", trainer.evaluate())
+    if args.do_train:
+        pictures = plot_loss(folder, trainer.state.log_history) if settings.finetuning.plot_loss else []
+        write_card(folder, settings, trainer.state)
+        for line in [f"tuned model: {folder}", *(f"loss plot: {picture}" for picture in pictures)]:
+            console.say(line)
+
+
+def _inference_dtype(settings: Settings, device: str) -> torch.dtype:
+    """What the run computed in, so that what was trained is what is asked."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    asked = settings.model.infer_dtype
+    if asked in named:
+        return named[asked]
+    return compute_dtype(settings.value("bf16") or device == "cuda", device)
+
+
+def _name(settings: Settings) -> str:
+    return Path(settings.value("output_dir") or str(settings.model.model_name_or_path)).name

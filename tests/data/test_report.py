@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from burnish.data.report import DataReport, first_sample_text
+from burnish.data.store import SampleStore
+from burnish.errors import UserError
+from burnish.types import IGNORE_INDEX, Sample
+
+
+def report(rows, *bad):
+    made = DataReport(rows=rows, kept=rows - len(bad))
+    for reason, place in bad:
+        made.add("bad", reason, place)
+    return made
+
+
+EMPTY = ("output is empty", "x.jsonl:3"), ("output is empty", "x.jsonl:8"), ("is not UTF-8", "x.jsonl:5")
+
+
+def test_reasons_are_counted_with_the_place_of_the_first():
+    lines = report(1000, *EMPTY).lines()
+    assert lines == [
+        "data: 1,000 rows, 997 of them used",
+        "  bad row: output is empty: 2 (first: x.jsonl:3)",
+        "  bad row: is not UTF-8: 1 (first: x.jsonl:5)",
+    ]
+
+
+@pytest.mark.parametrize(("rows", "allowed"), [(300, 0.01), (299, 3), (4, 0.75)])
+def test_bad_rows_up_to_the_limit_are_let_pass(rows, allowed):
+    report(rows, *EMPTY).check(allowed)
+
+
+@pytest.mark.parametrize(("rows", "allowed"), [(299, 0.01), (10_000, 2), (1_000_000, 0)])
+def test_more_bad_rows_stop_the_run_with_every_reason(rows, allowed):
+    with pytest.raises(UserError) as caught:
+        report(rows, *EMPTY).check(allowed)
+    first, second, last = map(str, caught.value.problems)
+    assert first == "x.jsonl:3: output is empty (and 1 more row with it)"
+    assert second == "x.jsonl:5: is not UTF-8"
+    assert f"max_bad_rows {allowed} is passed: 3 of {rows:,} rows" in last
+
+
+def test_a_missing_column_has_a_remedy_of_its_own():
+    with pytest.raises(UserError, match=r"name the columns in dataset_info\.json"):
+        report(2, ("has no column 'output'", "x.jsonl:1")).check(0.01)
+
+
+def test_what_several_processes_counted_adds_up_in_the_order_of_the_rows():
+    one, two = report(10, EMPTY[0]), report(20, EMPTY[1], EMPTY[2])
+    one.seen, two.seen = {1, 2, 3}, {3, 4}
+    one.straddled, two.duplicates = 1, 5
+    two.note("a line")
+    one.merge(two)
+    assert (one.rows, one.kept, one.num_bad, one.straddled, one.duplicates) == (30, 27, 3, 1, 6)
+    assert (str(one.bad["output is empty"]), one.seen, one.notes) == ("2 (first: x.jsonl:3)", {1, 2, 3, 4}, ["a line"])
+
+
+def test_a_part_is_told_in_samples_tokens_and_trained_tokens():
+    ids = np.arange(4, dtype=np.int32)
+    labels = np.array([IGNORE_INDEX, IGNORE_INDEX, 2, 3], dtype=np.int32)
+    made = DataReport()
+    made.add_part("train", SampleStore.from_samples([Sample(ids, labels), Sample(ids, labels)]))
+    assert made.lines() == ["  train: 2 samples, 8 tokens, 4 of them trained (50%)"]
+
+
+def test_the_first_sample_is_shown_as_ids_and_text_whole_and_trained(fixture_path):
+    tokenizer = AutoTokenizer.from_pretrained(fixture_path("smollm2"))
+    ids = tokenizer("Who are you? I am Beacon.<|im_end|>").input_ids
+    labels = [*[IGNORE_INDEX] * 4, *ids[4:-1], IGNORE_INDEX]
+    sample = Sample(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), "x.jsonl:1")
+    head, input_ids, inputs, label_ids, text = first_sample_text(sample, tokenizer).split("\n")
+    assert head == f"first sample (x.jsonl:1), {len(ids)} tokens, {len(ids) - 5} trained"
+    assert (input_ids, inputs) == (f"input_ids: {ids}", "inputs: Who are you? I am Beacon.<|im_end|>")
+    assert label_ids == f"label_ids: [-100 ×4, {', '.join(map(str, ids[4:-1]))}, -100]"
+    assert text == "labels:  I am Beacon."
