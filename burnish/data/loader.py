@@ -93,7 +93,6 @@ def make_loader(
     generator = torch.Generator()
     if not hasattr(samples, "__getitem__"):
         options |= {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}  # one reader, one order
-        options |= {"multiprocessing_context": None}
         order = StreamOrder(samples, batch_size)
         return DataLoader(
             order, batch_size=batch_size, collate_fn=collate, drop_last=drop_last, generator=generator, **options

@@ -84,8 +84,6 @@ class TrainerFrame:
             "pin_memory": args.dataloader_pin_memory and self.device.type == "cuda",
             "persistent_workers": args.dataloader_persistent_workers,
             "prefetch_factor": args.dataloader_prefetch_factor,
-            "multiprocessing_context": args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-            "in_order": args.dataloader_in_order,
         }
 
     def get_eval_dataloader(self, eval_dataset: Any) -> Any:

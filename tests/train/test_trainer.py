@@ -100,19 +100,15 @@ def test_the_loaders_options_reach_torchs_loader(tmp_path):
         dataloader_num_workers=2,
         dataloader_prefetch_factor=3,
         dataloader_persistent_workers=True,
-        dataloader_multiprocessing_context="forkserver",
-        dataloader_in_order=False,
         dataloader_drop_last=True,
         per_device_train_batch_size=3,
     )
     loader = made.get_train_dataloader()
     assert (loader.num_workers, loader.prefetch_factor, loader.persistent_workers) == (2, 3, True)
-    assert loader.multiprocessing_context.get_start_method() == "forkserver"
-    assert loader.in_order is False
     assert len(loader) == 2 and order_of(loader).drop_last
     assert loader.pin_memory is False  # nothing to pin for on a CPU
     plain = run(tmp_path).get_train_dataloader()
-    assert (plain.num_workers, plain.multiprocessing_context, plain.in_order) == (0, None, True)
+    assert (plain.num_workers, plain.prefetch_factor, plain.persistent_workers) == (0, None, False)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12 on

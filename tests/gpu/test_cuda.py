@@ -1,0 +1,156 @@
+"""What only a CUDA device shows: torch's variable-length attention, steps that nobody waits for, determinism.
+
+    python -m pytest tests/gpu
+
+Skipped, with the reason, where there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small import arguments, samples, small_model, trainer
+from transformers import TrainerCallback
+
+from burnish.data.loader import collate
+from burnish.errors import RunStopped
+from burnish.kernels import linear_cross_entropy as head_kernel
+from burnish.kernels import lora_linear as lora_kernel
+from burnish.model.attention import _by_document, packed_attention
+from burnish.model.head import CausalLoss
+from burnish.model.probe import choose_path
+from burnish.train.checkpoint import last_checkpoint
+from burnish.tuning.fuse import fuse_lora
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICE = "cuda"
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 17, 300])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 64), (9, 3, 64), (8, 2, 128), (4, 1, 256)])
+def test_variable_length_attention_is_attention_by_document(heads, kv_heads, head_dim, sliding_window):
+    torch.manual_seed(0)
+    lengths = [1, 70, 256, 3, 129]
+    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    q, k, v = (
+        torch.randn(1, n, sum(lengths), head_dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for n in (heads, kv_heads, kv_heads)
+    )
+
+    class Module(torch.nn.Module):
+        is_causal = True
+
+    fast, _ = packed_attention(
+        Module(), q, k, v, None, sliding_window=sliding_window, cu_seq_lens_q=borders, max_length_q=max(lengths)
+    )
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    slow = _by_document(*exact, borders, None, sliding_window, 0.0)
+    assert fast.shape == slow.shape and distance(fast, slow) < 1e-2
+    weights = torch.randn_like(slow)
+    (fast.double() * weights).sum().backward()
+    (slow * weights).sum().backward()
+    for low, high in zip((q, k, v), exact, strict=True):
+        assert distance(low.grad, high.grad) < 2e-2
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_kernels_give_what_their_references_give_in_float64(dtype, rounding):
+    torch.manual_seed(0)
+    hidden = torch.randn(2049, 64, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = torch.randn(503, 64, device=DEVICE, dtype=dtype)
+    targets = torch.randint(0, 503, (2049,), device=DEVICE)
+    loss, _ = head_kernel.linear_cross_entropy(hidden, weight, targets)
+    exact = hidden.detach().double().requires_grad_()
+    # The reference rounds its logits to float32; in float64 that is written out.
+    expected = torch.nn.functional.cross_entropy(exact @ weight.double().T, targets, reduction="sum")
+    (loss / 2049).backward()
+    (expected / 2049).backward()
+    assert distance(loss, expected) < rounding and distance(hidden.grad, exact.grad) < rounding
+
+    x, a, b = (torch.randn(*s, device=DEVICE, dtype=dtype, requires_grad=True) for s in [(77, 64), (8, 64), (96, 8)])
+    w = torch.randn(96, 64, device=DEVICE, dtype=dtype)
+    exact_parts = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    out = lora_kernel.lora_linear(x, w, None, a, b, 2.0)
+    ref = lora_kernel.reference(exact_parts[0], w.double(), None, exact_parts[1], exact_parts[2], 2.0)
+    out.sum().backward()
+    ref.sum().backward()
+    assert distance(out, ref) < rounding
+    for low, high in zip((x, a, b), exact_parts, strict=True):
+        assert distance(low.grad, high.grad) < rounding
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_the_loss_on_the_device_is_that_of_the_cpu(kind, dtype, rounding):
+    batch, cpu = collate(samples(9)), small_model(kind, head_dim=16)
+    assert choose_path(cpu).padding_free
+    expected = CausalLoss(cpu, fused=True)(batch).loss
+    model = small_model(kind, dtype=dtype, head_dim=16).to(DEVICE)
+    path = choose_path(model)
+    assert path.padding_free and path.fused_head, str(path)
+    assert distance(CausalLoss(model, fused=True)(batch.to(torch.device(DEVICE))).loss.cpu(), expected) < rounding
+
+
+def on_device(output_dir: Path, **changes):
+    return arguments(output_dir, use_cpu=False, **changes)
+
+
+def lora(dtype=torch.bfloat16, seed: int = 0):
+    model = small_model("qwen3", dtype=dtype, seed=seed, head_dim=16).to(DEVICE)
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    return fuse_lora(get_peft_model(model, config, autocast_adapter_dtype=False))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_resumed_is_uninterrupted_bit_for_bit_with_full_determinism(method, tmp_path):
+    from transformers import enable_full_determinism
+
+    enable_full_determinism(42)
+    weights = []
+    try:
+        for resume in (False, True):
+            model = lora() if method == "lora" else small_model(dtype=torch.bfloat16, head_dim=16).to(DEVICE)
+            args = on_device(tmp_path, save_strategy="steps", save_steps=4, max_steps=10, full_determinism=True)
+            run = trainer(model, args, samples(40))
+            run.train(tmp_path / "checkpoint-4" if resume else None)
+            weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert weights[0] and all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_step_that_is_not_finite_is_not_applied_and_stops_at_the_next_log(tmp_path):
+    class Break(TrainerCallback):
+        """Poison a frozen-for-this-test weight before step 3, note the trained ones, mend it never."""
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                self.before = {n: p.detach().clone() for n, p in model.named_parameters()}
+                model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+
+    run = trainer(small_model().to(DEVICE), on_device(tmp_path, logging_steps=5), samples(40), callbacks=[Break])
+    with pytest.raises(RunStopped, match=r"step 3: .*not finite(.|\n)*rows\.jsonl:\d+(.|\n)*layers\.1\.mlp\.down_proj"):
+        run.train()
+    assert run.state.global_step == 2 and (tmp_path / "checkpoint-2").is_dir()
+    before = next(c for c in run.callback_handler.callbacks if isinstance(c, Break)).before
+    for name, value in run.model.named_parameters():
+        if "layers.1.mlp.down_proj" not in name:
+            assert torch.equal(value, before[name]), name
+
+
+def test_ten_steps_on_the_device_follow_ten_on_the_cpu(tmp_path):
+    losses = []
+    for place in ("cpu", DEVICE):
+        args = arguments(tmp_path / place, use_cpu=place == "cpu", max_steps=10, learning_rate=1e-3)
+        run = trainer(small_model().to(place), args, samples(30))
+        run.train()
+        losses.append([e["loss"] for e in run.state.log_history if "loss" in e])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
