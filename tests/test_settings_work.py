@@ -38,12 +38,13 @@ class Look(TrainerCallback):
     optimizer: Any
     loader: Any
     groups: list[dict[str, Any]]
-    dtypes: set[torch.dtype]
+
+    def __init__(self) -> None:
+        self.eval_batches, self.logged = 0, []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         self.args, self.model, self.optimizer, self.loader = args, model, optimizer, train_dataloader
         self.groups = [{"lr": group["lr"], "params": list(group["params"])} for group in optimizer.param_groups]
-        self.eval_batches, self.logged = 0, []
 
     def on_prediction_step(self, args, state, control, **kwargs):
         self.eval_batches += 1
@@ -156,7 +157,7 @@ def test_conversations_are_what_template_system_message_and_thinking_make_of_the
     own = texts(go(output_dir=tmp_path / "own"), tokenizer)[0]
     assert "thinking" not in own and "Be kind." not in own and "You are a helpful AI assistant" in own
     assert texts(go(template="vicuna", output_dir=tmp_path / "named"), tokenizer)[0].endswith(
-        "USER: question 0 ASSISTANT:answer 0<|im_end|>"
+        "USER: question 0 ASSISTANT: answer 0<|im_end|>"
     )
 
 
@@ -201,8 +202,9 @@ def test_a_stream_is_shuffled_within_the_rows_that_its_buffer_holds(go, base, tm
         places = [place for batch in islice(look.loader, 4) for place in batch.places]
         return [int(place.rpartition(":")[2]) for place in places]
 
-    assert order(1) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert sorted(order(8)) == order(1) != order(8)
+    in_turn, shuffled = order(1), order(8)
+    assert in_turn == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert sorted(shuffled) == in_turn != shuffled
 
 
 # ---- evaluation and what is left -------------------------------------------------------------------------------------
@@ -242,7 +244,8 @@ def test_a_run_stops_early_after_as_many_evaluations_without_a_better_loss(go):
     """At a learning rate that moves nothing the first evaluation is the best."""
     changes = {"learning_rate": 1e-30, "val_size": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 9}
     look = go(early_stopping_steps=3, **changes)
-    assert [entry["step"] for entry in look.logged if "eval_loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in look.logged if "loss" in entry] == [1, 2, 3, 4]
+    assert len({entry["eval_loss"] for entry in look.logged if "eval_loss" in entry}) == 1
 
 
 def test_the_log_of_a_run_reaches_the_tracker_under_the_runs_name(go, monkeypatch):
@@ -250,6 +253,7 @@ def test_the_log_of_a_run_reaches_the_tracker_under_the_runs_name(go, monkeypatc
         seen: list[Tracker] = []
 
         def __init__(self) -> None:
+            super().__init__()
             self.seen.append(self)
 
     monkeypatch.setattr("burnish.train.checks.find_spec", lambda name: True)
@@ -381,7 +385,7 @@ def test_batches_are_pinned_for_a_gpu_unless_that_is_declined(asked, tmp_path):
 def test_transformers_is_as_loud_as_its_process_may_be(place, given, level, base, tmp_path, monkeypatch):
     made = settings({**base, "output_dir": tmp_path, **given})
     state = SimpleNamespace(process_index=place[0], local_process_index=place[1])
-    monkeypatch.setattr(type(made.training()), "distributed_state", state, raising=False)
+    monkeypatch.setattr(made.training(), "distributed_state", state)
     before = transformers_logging.get_verbosity()
     try:
         workflow._begin(made)

@@ -194,4 +194,9 @@ class Settings:
             if field.room != "generating"
             and (name in loud if field.room == "training" else name not in silent)
             and self._absolute(name) != other._absolute(name)
+            and not (name == "dataset_dir" and self._names_files_only())
         ]
+
+    def _names_files_only(self) -> bool:
+        """Whether no data set is looked up in dataset_dir."""
+        return all(Path(name).expanduser().exists() for name in self.value("dataset") or ())

@@ -144,8 +144,11 @@ def collate_padded(
 ) -> Batch:
     """Samples padded to the longest, rounded up by transformers' DataCollatorForSeq2Seq. Ids become [B, S].
 
+    A sample that holds several documents becomes a row for each: in one row they would see each other.
     A `token_type_ids` of zeros is added only for a model whose forward takes it.
     """
+    places = tuple(s.place for s in samples)
+    samples = [document for s in samples for document in _documents(s)]
     features = [
         {"input_ids": s.input_ids.tolist(), "attention_mask": s.attention_mask.tolist(), "labels": s.labels.tolist()}
         for s in samples
@@ -163,8 +166,16 @@ def collate_padded(
         targets=targets,
         num_trained=len(targets),
         num_tokens=sum(len(s) for s in samples),
-        places=tuple(s.place for s in samples),
+        places=places,
     )
+
+
+def _documents(sample: Sample) -> list[Sample]:
+    if not sample.documents:
+        return [sample]
+    borders = np.cumsum(sample.documents)[:-1]
+    parts = zip(np.split(sample.input_ids, borders), np.split(sample.labels, borders), strict=True)
+    return [Sample(ids, labels, sample.place) for ids, labels in parts]
 
 
 def make_collate(

@@ -60,7 +60,7 @@ def packed_attention(
     """
     _refuse_what_is_not_computed(module, attention_mask, cu_seq_lens_q, others)
     assert cu_seq_lens_q is not None
-    if _varlen_fits(query, value, dropout, sliding_window):
+    if _varlen_fits(query, value, dropout):
         attended = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
         attended = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)
@@ -81,9 +81,8 @@ def _refuse_what_is_not_computed(
         raise UnsupportedAttention(f"attention with {', '.join(unknown)}")
 
 
-def _varlen_fits(query: Tensor, value: Tensor, dropout: float, sliding_window: int | None) -> bool:
-    """What FlashAttention's kernels behind varlen_attn take. A window of one token comes out wrong there (seen on an
-    H100 with torch 2.11)."""
+def _varlen_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """What FlashAttention's kernels behind varlen_attn take."""
     head_dim = query.shape[-1]
     return (
         query.is_cuda
@@ -91,7 +90,6 @@ def _varlen_fits(query: Tensor, value: Tensor, dropout: float, sliding_window: i
         and head_dim == value.shape[-1] <= 256
         and head_dim % 8 == 0
         and not dropout
-        and sliding_window != 1
     )
 
 

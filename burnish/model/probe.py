@@ -100,7 +100,7 @@ def _fused_head(model: nn.Module, ids: Tensor) -> tuple[bool, str]:
     head = inner.get_output_embeddings()
     name = type(inner).__name__
     if type(head) is not nn.Linear:
-        return False, f"the head of {name} is a {type(head).__name__}"
+        return False, f"the head of {name} is a {type(head).__module__.split('.')[0]} {type(head).__name__}"
     packed = inner.config._attn_implementation == ATTENTION_NAME
     inputs = packed_inputs(ids, (ids.shape[1],)) if packed else {"input_ids": ids}
     with head.register_forward_hook(_louder):

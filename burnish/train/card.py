@@ -35,7 +35,7 @@ ALWAYS_SHOWN = (  # at their defaults too: who repeats the run needs them
 ALWAYS_SHOWN_WITH_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
 SHOWN_WHERE_CHANGED = (
     *("lr_scheduler_kwargs", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "data_seed"),
-    *("label_smoothing_factor", "neftune_noise_alpha", "pure_bf16", "packing", "train_on_prompt", "mask_history"),
+    *("label_smoothing_factor", "train_on_prompt", "mask_history"),
     *("use_rslora", "use_dora", "loraplus_lr_ratio", "freeze_trainable_layers", "freeze_trainable_modules"),
 )
 PACKAGES = ("burnish", "torch", "transformers", "peft", "datasets")

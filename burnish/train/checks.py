@@ -66,7 +66,6 @@ def _ranges(settings: Settings) -> list[Problem]:
         adam_epsilon=not_negative,
         max_grad_norm=not_negative,
         label_smoothing_factor=share,
-        neftune_noise_alpha=(lambda v: v > 0, "is not above 0", "5 is usual"),
         eval_delay=not_negative,
         save_total_limit=at_least_1,
         dataloader_num_workers=not_negative,

@@ -260,3 +260,11 @@ def test_a_stream_is_read_by_one_process_whatever_the_options():
         ("rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"),
         ("rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:1"),
     ]
+
+
+def test_the_documents_of_a_sample_become_padded_rows_of_their_own():
+    row = sample(range(7), trained=[1, 2, 4, 5, 6], place="a.txt:1", documents=(3, 4))
+    batch = make_collate(padding_tokenizer(), padding_free=False)([row])
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [3, 4]
+    assert batch.inputs["input_ids"][1, :4].tolist() == [3, 4, 5, 6]
+    assert (batch.num_trained, batch.num_tokens, batch.places) == (5, 7, ("a.txt:1",))

@@ -178,7 +178,7 @@ def test_adapters_do_not_change_the_path_but_one_on_the_head_does():
     headed = get_peft_model(small_model(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     path = choose_path(headed)
     assert path.padding_free and not path.fused_head
-    assert path.reasons == ("the head of Qwen3ForCausalLM is a Linear",)
+    assert path.reasons == ("the head of Qwen3ForCausalLM is a peft Linear",)
 
 
 def test_a_path_reads_as_a_sentence():
