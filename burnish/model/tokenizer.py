@@ -8,9 +8,13 @@ everyone who loads it later. Whoever tokenizes what a user wrote passes it in th
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import MethodType
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from burnish import console
 from burnish.errors import Problem, UserError
@@ -24,6 +28,8 @@ PAD_TOKENS = (
     *("<pad>", "<PAD>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>"),
     "<|endoftext|>",
 )
+# Digits, runs of spaces, line ends, accents, other scripts: where ways of splitting a text differ.
+SAMPLE_TEXT = "Price: 1,234.50 €\n\n1. naïve  café's — 中文 😀\n\tdef f(x):\n        return x**2  # It's done"
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -45,6 +51,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         remedy = "the folder needs tokenizer.json, or the vocabulary files of its kind, beside tokenizer_config.json"
         raise UserError(Problem(place, "the tokenizer", None, message, remedy)) from error
     _refuse_empty(tokenizer, place)
+    tokenizer = _as_published(tokenizer, folder)
     tokenizer.padding_side = "right"
     _use_own_pad(tokenizer)
     _add_tokens(tokenizer, args)
@@ -58,6 +65,37 @@ def _refuse_empty(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
         return
     message = f"has a vocabulary of {len(tokenizer)}: its files are not there or not of its kind"
     raise UserError(Problem(place, "the tokenizer", None, message, "put tokenizer.json into the folder"))
+
+
+def _as_published(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of `tokenizer.json`, where transformers made another one of it.
+
+    For some `tokenizer_class` names transformers 5 builds the splitting of text anew instead of reading it from the
+    file: SmolLM2's digits (GPT2Tokenizer) and DeepSeek-V3's spaces (LlamaTokenizerFast, 5.17) get lost without a word,
+    and a model would be trained on ids that no other program gives it.
+    """
+    file = folder / "tokenizer.json"
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # only fast tokenizers have one
+    if backend is None or not file.is_file():
+        return tokenizer
+    written = read_json(file)
+    if all(_part(backend, name) == written.get(name) for name in ("normalizer", "pre_tokenizer")):
+        return tokenizer  # the usual case, told without loading the file a second time
+    published = Tokenizer.from_file(str(file))
+    published.no_truncation()
+    expected = published.encode(SAMPLE_TEXT, add_special_tokens=False).ids
+    if tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False) == expected:
+        return tokenizer
+    name = type(tokenizer).__name__
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    if tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False) == expected:
+        console.warn(f"{name} would not split text as tokenizer.json says: the file's own way is used")
+    return tokenizer
+
+
+def _part(backend: Tokenizer, name: str) -> Any:
+    part = getattr(backend, name)
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _use_own_pad(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from families import save_tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from burnish.errors import UserError
 from burnish.model.arguments import ModelArguments
@@ -153,3 +153,18 @@ def test_smollm2_keeps_its_own_tokens(fixture_path):
     tokenizer = load(fixture_path("smollm2"))
     assert (tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == ("<|im_end|>", "<|im_end|>", 49152)
     assert tokenizer("\n\n1.").input_ids == [1116, 33, 30]  # two newlines are one token and digits stand alone
+
+
+def test_text_is_split_as_the_file_says_where_transformers_would_do_otherwise(tmp_path, fixture_path, capsys):
+    """SmolLM2's hub repository names GPT2Tokenizer, of which transformers 5 makes one that does not part digits."""
+    published = load(fixture_path("smollm2"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((fixture_path("smollm2") / name).read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
+    tokenizer = load(tmp_path)
+    assert tokenizer("\n\n1. and    12").input_ids == published("\n\n1. and    12").input_ids
+    assert (tokenizer.eos_token, tokenizer.chat_template) == (published.eos_token, published.chat_template)
+    assert "the file's own way is used" in capsys.readouterr().err
+    tokenizer.save_pretrained(tmp_path / "saved")  # what a run leaves is right by itself
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("\n\n1.").input_ids == published("\n\n1.").input_ids
