@@ -50,8 +50,18 @@ def run_pt(settings: Settings, callbacks: Callbacks = ()) -> None:
     """Go on pre-training on plain text."""
     args, resume = _begin(settings)
     tokenizer = load_tokenizer(settings.model)
-    datasets = get_dataset(settings.data, "pt", tokenizer, None, seed=args.seed, hub=_hub(settings))
-    _show(datasets, tokenizer)
+    if settings.data.template:
+        console.warn("template is not used in stage pt: a text is learned as it stands")
+    datasets = get_dataset(
+        settings.data,
+        "pt",
+        tokenizer,
+        None,
+        seed=_data_seed(args),
+        hub=_hub(settings),
+        split_special_tokens=settings.model.split_special_tokens,
+    )
+    _show(datasets, tokenizer, args)
     model, path = _load_for_training(settings, args, tokenizer)
     trainer = _make_trainer(settings, args, model, path, tokenizer, datasets, callbacks)
     _run(settings, trainer, resume)
@@ -62,8 +72,8 @@ def run_sft(settings: Settings, callbacks: Callbacks = ()) -> None:
     args, resume = _begin(settings)
     tokenizer = load_tokenizer(settings.model)
     template = _load_template(settings, tokenizer)
-    datasets = get_dataset(settings.data, "sft", tokenizer, template, seed=args.seed, hub=_hub(settings))
-    _show(datasets, tokenizer)
+    datasets = get_dataset(settings.data, "sft", tokenizer, template, seed=_data_seed(args), hub=_hub(settings))
+    _show(datasets, tokenizer, args)
     model, path = _load_for_training(settings, args, tokenizer)
     trainer = _make_trainer(settings, args, model, path, tokenizer, datasets, callbacks)
     _run(settings, trainer, resume)
@@ -128,8 +138,14 @@ def _hub(settings: Settings) -> Hub:
     return Hub(settings.model.cache_dir, settings.model.hf_hub_token)
 
 
-def _show(datasets: Datasets, tokenizer: Any) -> None:
+def _data_seed(args: Any) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def _show(datasets: Datasets, tokenizer: Any, args: Any) -> None:
     """What was kept, cut and dropped, and the first sample as the model sees it."""
+    if datasets.eval and not args.do_eval and args.eval_strategy == "no":
+        console.warn("rows are set aside for evaluation, and neither do_eval nor eval_strategy asks for one")
     for line in datasets.report.lines():
         console.say(line)
     first = next(iter(datasets.train or next(iter(datasets.eval.values()), ())), None)
@@ -148,12 +164,19 @@ def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[A
         max_length=settings.data.cutoff_len,
     )
     model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
-    path = choose_path(model, packed_attention=settings.model.flash_attn in ("auto", "fa2", "fa3"))
+    path = choose_path(model, keep_padding=_why_padded(settings))
     on, details = wants_gradient_checkpointing(args)
     if on:
         enable_gradient_checkpointing(model, details)
     console.say(f"{parameter_table(model)}; {path}")
     return model, path
+
+
+def _why_padded(settings: Settings) -> str:
+    """The setting that asks for padded batches, if one does."""
+    if settings.model.flash_attn not in ("auto", "fa2", "fa3"):
+        return f"flash_attn: {settings.model.flash_attn} is the model's own attention"
+    return "" if settings.data.ignore_pad_token_for_loss else "ignore_pad_token_for_loss: false trains padding"
 
 
 def _make_trainer(
@@ -179,7 +202,7 @@ def _make_trainer(
             takes_token_type_ids="token_type_ids" in tokenizer.model_input_names,
         ),
         train_dataset=datasets.train,
-        eval_dataset=datasets.eval.get("eval", datasets.eval) or None,
+        eval_dataset=datasets.eval if settings.data.eval_on_each_dataset else datasets.eval.get("eval"),
         processing_class=tokenizer,
         callbacks=[*own, *callbacks],
         loraplus_lr_ratio=tuning.loraplus_lr_ratio,

@@ -113,9 +113,10 @@ class DocumentFrame:
 
     start: tuple[int, ...]
     end: int
+    split_special_tokens: bool = False  # "<|endoftext|>" inside a text is text
 
     @classmethod
-    def of(cls, tokenizer: Any) -> DocumentFrame:
+    def of(cls, tokenizer: Any, *, split_special_tokens: bool = False) -> DocumentFrame:
         """Chat models end a turn and a document with different tokens; the end of a document is what pt needs."""
         vocabulary = tokenizer.get_vocab()
         end = next((vocabulary[token] for token in _DOCUMENT_ENDS if token in vocabulary), tokenizer.eos_token_id)
@@ -126,13 +127,14 @@ class DocumentFrame:
             )
         first = tokenizer("").input_ids[:1]
         starts = first == [tokenizer.bos_token_id] and first != [end]
-        return cls(tuple(first) if starts else (), end)
+        return cls(tuple(first) if starts else (), end, split_special_tokens)
 
 
 def encode_pt(example: Example, tokenizer: Any, frame: DocumentFrame) -> Outcome:
     """A text → one document of ids, however long, every token of it a label."""
     text = example.messages[0]["content"]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    how = {"split_special_tokens": frame.split_special_tokens, "verbose": False}
+    ids = tokenizer(text, add_special_tokens=False, **how).input_ids
     document = np.array([*frame.start, *ids, frame.end], dtype=np.int32)
     return Outcome((Sample(document, document, example.place),))
 

@@ -59,14 +59,15 @@ def get_dataset(
     *,
     seed: int,
     hub: Hub | None = None,
+    split_special_tokens: bool = False,
 ) -> Datasets:
     """Read and encode all that `dataset` and `eval_dataset` name. The same seed sets the same rows aside.
 
-    `template` is for stage sft; pt does without. Raises UserError, with every reason, where too many rows are bad or
+    `template` is for stage sft; pt does without, and takes `split_special_tokens` itself. Raises UserError, with every reason, where too many rows are bad or
     no sample is left.
     """
     report = DataReport()
-    frame = DocumentFrame.of(tokenizer) if stage == "pt" else None
+    frame = DocumentFrame.of(tokenizer, split_special_tokens=split_special_tokens) if stage == "pt" else None
     encoder = RowEncoder(stage, tokenizer, template, args, frame)
     open_items = partial(_items, args=args, stage=stage, seed=seed, hub=hub or Hub(), report=report)
 

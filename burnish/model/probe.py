@@ -36,10 +36,10 @@ class Path:
         return f"{batches}; {head}" + "".join(f" ({reason})" for reason in self.reasons)
 
 
-def choose_path(model: nn.Module, *, packed_attention: bool = True) -> Path:
+def choose_path(model: nn.Module, *, keep_padding: str = "") -> Path:
     """Try both questions on `model` and leave its attention set accordingly. Weights, modes and rng are untouched.
 
-    `packed_attention=False` (the user asked for `sdpa` or `eager`) keeps the model's own attention, hence padding.
+    `keep_padding` is the reason, if a setting asks for padded batches and the model's own attention.
     """
     training = model.training
     model.eval()
@@ -48,7 +48,7 @@ def choose_path(model: nn.Module, *, packed_attention: bool = True) -> Path:
             ids = torch.randint(0, _vocabulary(model), (1, sum(PROBE_LENGTHS)), generator=_generator())
             ids = ids.to(next(model.parameters()).device)
             reasons = []
-            padding_free, reason = _padding_free(model, ids) if packed_attention else (False, "flash_attn says so")
+            padding_free, reason = (False, keep_padding) if keep_padding else _padding_free(model, ids)
             reasons += [reason] if reason else []
             fused, reason = _fused_head(model, ids)
             reasons += [reason] if reason else []

@@ -26,10 +26,10 @@ CHECKPOINTING = {
 DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # a loss that is not a number is told, never hidden
     "report_to": ["none"],
-    "gradient_checkpointing": None,  # as memory needs
+    "gradient_checkpointing": None,
 }
 
-_AGAIN = "Compute activations again in the backward pass: less memory, more time. Not given: as memory needs."
+_AGAIN = "Compute activations again in the backward pass: less memory, more time. Not given: off."
 OUR_HELP = {
     "gradient_checkpointing": _AGAIN,
     "gradient_checkpointing_kwargs": "Handed to the model's gradient checkpointing.",
@@ -62,7 +62,7 @@ HONOURED = frozenset(
     metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism
     seed data_seed use_cpu dataloader_drop_last dataloader_num_workers dataloader_pin_memory
     dataloader_persistent_workers dataloader_prefetch_factor
-    resume_from_checkpoint include_num_input_tokens_seen log_level log_level_replica log_on_each_node
+    resume_from_checkpoint include_num_input_tokens_seen log_level
     overwrite_output_dir warmup_ratio logging_dir
     """)
 )
@@ -72,7 +72,7 @@ NOTHING_TO_CHANGE = {
     **dict.fromkeys(
         words("""
         ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
-        local_rank average_tokens_across_devices save_on_each_node
+        local_rank average_tokens_across_devices save_on_each_node log_level_replica log_on_each_node
         """),
         _ONE_PROCESS,
     ),

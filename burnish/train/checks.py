@@ -40,6 +40,9 @@ def problems(settings: Settings) -> list[Problem]:
     if not settings.value("output_dir") and not settings.is_faulty("output_dir"):
         found.append(settings.missing("output_dir", "give the folder for the tuned model"))
     found += _optimizer(settings) + _schedule(settings) + _evaluation(settings) + _best_model(settings)
+    if settings.value("gradient_checkpointing_kwargs") and not settings.value("gradient_checkpointing"):
+        remedy = "set gradient_checkpointing: true"
+        found.append(settings.problem("gradient_checkpointing_kwargs", "does nothing by itself", remedy))
     return found + _loading(settings) + _reporting(settings)
 
 

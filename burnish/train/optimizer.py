@@ -105,11 +105,12 @@ def create_optimizer(args: Any, masters: Masters, *, loraplus_lr_ratio: float | 
     except ImportError:
         extra = "pip install 'burnish[quant]'"
         raise UserError(Problem("--optim", "optim", name, "needs bitsandbytes, which is not here", extra)) from None
-    settings: dict[str, Any] = {"lr": args.learning_rate, **fixed, **_optim_args(args.optim_args)}
+    settings: dict[str, Any] = {"lr": args.learning_rate, **fixed}
     if class_name in ("AdamW", "Lion"):
         settings["betas"] = (args.adam_beta1, args.adam_beta2)
     if class_name == "AdamW":
         settings["eps"] = args.adam_epsilon
+    settings |= _optim_args(args.optim_args)
     groups = _groups(masters.by_name, args.weight_decay, args.learning_rate, loraplus_lr_ratio)
     try:
         return optimizer_class(groups, **settings)
@@ -143,6 +144,9 @@ def _optim_args(text: str | None) -> dict[str, Any]:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
             raise UserError(Problem("--optim_args", "optim_args", pair, "is no key=value pair"))
+        if key in ("lr", "weight_decay"):  # every group has its own
+            own = "learning_rate" if key == "lr" else key
+            raise UserError(Problem("--optim_args", "optim_args", pair, "would be overruled", f"set {own} instead"))
         try:
             settings[key] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:

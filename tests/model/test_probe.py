@@ -161,8 +161,8 @@ def test_a_model_keeps_its_mode_when_the_probe_itself_fails():
 
 def test_who_asks_for_another_attention_keeps_it_and_gets_padding():
     model = make("llama", attn_implementation="eager")
-    path = choose_path(model, packed_attention=False)
-    assert path == Path(False, True, ("flash_attn says so",))
+    path = choose_path(model, keep_padding="flash_attn: sdpa")
+    assert path == Path(False, True, ("flash_attn: sdpa",))
     assert model.config._attn_implementation == "eager"
 
 

@@ -164,7 +164,8 @@ def test_an_unknown_optimizer_is_refused_with_those_there_are():
 def test_optim_args_that_do_not_suit_are_refused():
     assert "does not suit sgd" in problem_of(optim="sgd", optim_args="rank=8")
     assert "does not suit sgd" in problem_of(optim="sgd", optim_args="nesterov=true")  # torch: it needs a momentum
-    assert "'rank' is no key=value pair" in problem_of(optim="sgd", optim_args="lr=1, rank")
+    assert "'rank' is no key=value pair" in problem_of(optim="sgd", optim_args="momentum=0.9, rank")
+    assert "set learning_rate instead" in problem_of(optim="sgd", optim_args="lr=1")
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
