@@ -9,6 +9,7 @@ one process; the median of the repeats, and their ratio. Real tokens are the sam
 Predicted: the padded batch multiplies 8 × 559² pairs, the documents 2.6 times fewer, and causality halves theirs again
 (a mask tensor does not let torch skip the upper half): 3 times faster. In bf16 on a CPU without bf16 instructions the
 documents, multiplied in float32, win by far more.
+Measured (results/cpu_attention.json): 2.8 times in float32, 13 times in bf16 on an AVX2 machine.
 """
 
 from __future__ import annotations

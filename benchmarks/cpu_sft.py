@@ -10,6 +10,7 @@ first step of a process is not timed. Only real tokens count; padding does not.
 
 Predicted before the first run: rows of 194 tokens on average, padded to the longest of 8, nearly double the peer's
 work, and its head multiplies prompts and padding too: 2.3 times the tokens per second, in less than half the memory.
+Measured (results/cpu_sft.json): 2.70 times, 41 % of the memory.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def get_dataset(
 ) -> Datasets:
     """Read and encode all that `dataset` and `eval_dataset` name. The same seed sets the same rows aside.
 
-    `template` is for stage sft; pt does without, and takes `split_special_tokens` itself. Raises UserError, with every reason, where too many rows are bad or
-    no sample is left.
+    `template` is for stage sft; pt does without, and takes `split_special_tokens` itself. Raises UserError, with every
+    reason, where too many rows are bad or no sample is left.
     """
     report = DataReport()
     frame = DocumentFrame.of(tokenizer, split_special_tokens=split_special_tokens) if stage == "pt" else None

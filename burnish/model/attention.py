@@ -2,8 +2,8 @@
 
 One idea: a batch is one row of T tokens and `cu_seq_lens` says where each document begins, so no token is padding and
 no mask exists. On CUDA in bf16/fp16 it is torch's variable-length attention; elsewhere each document is attended to by
-itself. The CPU multiplies in float32 whatever the model's dtype: torch's bf16 attention there is three to five times
-slower (benchmarks/cpu_attention.py), and float32 is the more exact.
+itself. The CPU multiplies in float32 whatever the model's dtype: torch's bf16 attention there is far
+slower (benchmarks/cpu_attention.py: 13 times without bf16 instructions), and float32 is the more exact.
 
 What it cannot do (softcap, sinks, masks ...) it refuses by raising `UnsupportedAttention`; the probe
 (`model/probe.py`) then leaves the model on its own path. Nothing is swallowed.
