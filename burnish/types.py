@@ -11,6 +11,7 @@ Letters of shapes, used in comments at the end of lines:
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
@@ -121,8 +122,15 @@ class Batch:
     places: tuple[str, ...]  # where each sample came from
 
     def to(self, device: torch.device) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Page-locked, so that the copy to the device need not wait; torch's DataLoader calls it."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if hasattr(value, "to") else value
+            return change(value) if hasattr(value, "to") else value
 
         return replace(
             self,

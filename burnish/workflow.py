@@ -217,6 +217,8 @@ def _run(settings: Settings, trainer: Trainer, resume: Path | None) -> None:
     if args.do_train:
         if resume is None:
             checkpoint.clear_run(folder)
+        else:
+            checkpoint.clear_later(folder, resume)
         result = trainer.train(resume)
         trainer.save_model()
         trainer.state.save_to_json(str(folder / checkpoint.STATE_FILE))
@@ -236,7 +238,8 @@ def _inference_dtype(settings: Settings, device: str) -> torch.dtype:
     asked = settings.model.infer_dtype
     if asked in named:
         return named[asked]
-    return compute_dtype(settings.value("bf16") or device == "cuda", device)
+    of_a_run = settings.value("output_dir") is not None
+    return compute_dtype(settings.value("bf16") or (device == "cuda" and not of_a_run), device)
 
 
 def _name(settings: Settings) -> str:

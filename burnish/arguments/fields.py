@@ -33,6 +33,7 @@ USED_BY_CHAT = frozenset(
         *(field.name for field in dataclasses.fields(ModelArguments)),
         *(field.name for field in dataclasses.fields(GeneratingArguments)),
         *("template", "default_system", "enable_thinking", "finetuning_type", "create_new_adapter"),
+        "cutoff_len",  # how far rope_scaling reaches
         *("output_dir", "use_cpu", "bf16"),
     }
 )

@@ -162,6 +162,8 @@ class Settings:
     def _resumes_itself(self) -> bool:
         """A checkpoint of this very run: going on from it gives what the whole run gives."""
         own, asked = self.value("output_dir") or ".", self.value("resume_from_checkpoint") or "."
+        if asked.lower() in ("true", "yes", "1"):
+            return True
         return Path(self._path(asked)).is_relative_to(self._path(own))
 
     def _absolute(self, name: str) -> Any:

@@ -38,6 +38,11 @@ class CausalLoss(nn.Module):
             return self._fused(batch, count_correct)
         return self._own(batch, count_correct)
 
+    @property
+    def _smoothing(self) -> float:
+        """Labels are smoothed to train on them; evaluation measures the plain loss, of which perplexity is made."""
+        return self.label_smoothing if self.training else 0.0
+
     def _fused(self, batch: Batch, count_correct: bool) -> LossSum:
         model = unwrap(self.model)
         head = model.get_output_embeddings()
@@ -48,7 +53,7 @@ class CausalLoss(nn.Module):
             head.weight,
             batch.targets,
             head.bias,
-            label_smoothing=self.label_smoothing,
+            label_smoothing=self._smoothing,
             count_correct=count_correct,
         )
         return LossSum(loss, correct if count_correct else None)
@@ -58,15 +63,13 @@ class CausalLoss(nn.Module):
         outputs = self.model(**batch.inputs, labels=batch.labels, use_cache=False)
         # The mean of nothing is not a number: an empty sum keeps the graph.
         loss = outputs.loss.float() * batch.num_trained if batch.num_trained else outputs.logits[:0].float().sum()
-        if not (self.label_smoothing or count_correct):
+        if not (self._smoothing or count_correct):
             return LossSum(loss, None)
         logits = outputs.logits.flatten(0, 1).index_select(0, batch.trained_at).float()  # [M, V]
-        if self.label_smoothing:
+        if self._smoothing:
             plain = F.cross_entropy(logits, batch.targets, reduction="sum")
             loss = (
-                loss
-                - plain
-                + F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=self.label_smoothing)
+                loss - plain + F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=self._smoothing)
             )
         return LossSum(loss, (logits.argmax(-1) == batch.targets).sum() if count_correct else None)
 

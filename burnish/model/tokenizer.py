@@ -87,10 +87,12 @@ def _as_published(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTraine
     if tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False) == expected:
         return tokenizer
     name = type(tokenizer).__name__
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    if tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False) == expected:
-        console.warn(f"{name} would not split text as tokenizer.json says: the file's own way is used")
-    return tokenizer
+    own = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    if own.encode(SAMPLE_TEXT, add_special_tokens=False) != expected:
+        console.warn(f"{name} does not split text as tokenizer.json says: check the model's tokenizer files")
+        return tokenizer
+    console.warn(f"{name} would not split text as tokenizer.json says: the file's own way is used")
+    return own
 
 
 def _part(backend: Tokenizer, name: str) -> Any:

@@ -96,12 +96,32 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+# What a run leaves in output_dir itself; patterns.
+LEFT_BY_A_RUN = (
+    *("trainer_log.jsonl", STATE_FILE, "*_results.json", "training_*.png", "README.md", "burnish.yaml"),
+    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json"),
+)
+
+
 def clear_run(output_dir: Path) -> None:
-    """Take away what an earlier run left and this one would mix with: checkpoints and logs. Other files stay."""
+    """Take away what an earlier run left and this one would mix with: checkpoints, logs, its model. Other files stay.
+
+    Only where there was a run: a folder that holds no log of one is not touched.
+    """
+    if not (output_dir / "trainer_log.jsonl").exists() and not checkpoints(output_dir):
+        return
     for path in checkpoints(output_dir):
         shutil.rmtree(path)
-    for name in ("trainer_log.jsonl", STATE_FILE, "all_results.json", "train_results.json", "eval_results.json"):
-        (output_dir / name).unlink(missing_ok=True)
+    for pattern in LEFT_BY_A_RUN:
+        for path in output_dir.glob(pattern):
+            path.unlink()
+
+
+def clear_later(output_dir: Path, start: Path) -> None:
+    """A run that goes on from one of its own checkpoints leaves those after it behind: they are of another history."""
+    for path in checkpoints(output_dir):
+        if start.resolve().parent == output_dir.resolve() and step_of(path) > step_of(start):
+            shutil.rmtree(path)
 
 
 def clear_partial(output_dir: Path) -> None:
@@ -132,28 +152,31 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def save(trainer: Trainer) -> Path:
-    """Write `checkpoint-N` for the step that was just done (once), and rotate the old ones."""
+def save(trainer: Trainer, *, to_go_on: bool = False) -> Path:
+    """Write `checkpoint-N` for the step that was just done (once), and rotate the old ones.
+
+    `to_go_on`: with everything that resuming needs, whatever `save_only_model` says.
+    """
     step = trainer.state.global_step
     place = trainer.output_dir / f"checkpoint-{step}"
-    if trainer.last_saved_step == step:
+    if trainer.last_saved_step == step and (not to_go_on or (place / "optimizer.pt").is_file()):
         return place
     if trainer.state.best_global_step:
         best = trainer.output_dir / f"checkpoint-{trainer.state.best_global_step}"
         if best == place or best.exists():
             trainer.state.best_model_checkpoint = str(best)
     trainer.state.stateful_callbacks = TrainerState(stateful_callbacks=trainer.exportable()).stateful_callbacks
-    write_whole(trainer.output_dir, step, lambda folder: _write(trainer, folder))
+    write_whole(trainer.output_dir, step, lambda folder: _write(trainer, folder, to_go_on))
     trainer.last_saved_step = step
     rotate(trainer.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
     return place
 
 
-def _write(trainer: Trainer, folder: Path) -> None:
+def _write(trainer: Trainer, folder: Path, to_go_on: bool) -> None:
     trainer.save_model(folder)
     torch.save(trainer.args, folder / "training_args.bin")
     trainer.state.save_to_json(str(folder / STATE_FILE))
-    if trainer.args.save_only_model:
+    if trainer.args.save_only_model and not to_go_on:
         return
     torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
     torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
@@ -179,8 +202,7 @@ def load_state(trainer: Trainer, folder: Path) -> None:
         trainer.state.best_model_checkpoint = None
     if (folder / MASTERS_FILE).is_file():
         trainer.masters.load_state_dict(load_file(folder / MASTERS_FILE, device=str(trainer.device)))
-    trainer.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=trainer.device))
-    trainer.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", map_location="cpu"))
+    _load_optimizer(trainer, folder)
     rng = torch.load(folder / "rng_state.pth", map_location="cpu")
     restore_rng(rng)
     trainer.loss_since_log.fill_(rng["loop"]["loss_since_log"])
@@ -188,6 +210,23 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     trainer.last_logged_step = rng["loop"]["last_logged_step"]
     trainer.last_saved_step = trainer.state.global_step
     _restore_callbacks(trainer)
+
+
+def _load_optimizer(trainer: Trainer, folder: Path) -> None:
+    """Moments and position of the schedule as they were; rate and decay as this run's arguments say.
+
+    A run that is simply resumed has the same, bit for bit. One that resumes with another learning rate gets it.
+    """
+    asked = [(group["initial_lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups]
+    trainer.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=trainer.device))
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", map_location="cpu"))
+    for number, (group, (rate, decay)) in enumerate(zip(trainer.optimizer.param_groups, asked, strict=True)):
+        group["weight_decay"] = decay
+        if group["initial_lr"] != rate:
+            group["lr"] *= rate / group["initial_lr"]
+            group["initial_lr"] = rate
+            if hasattr(trainer.lr_scheduler, "base_lrs"):
+                trainer.lr_scheduler.base_lrs[number] = rate
 
 
 def _restore_callbacks(trainer: Trainer) -> None:

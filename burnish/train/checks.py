@@ -39,8 +39,11 @@ def problems(settings: Settings) -> list[Problem]:
     found = _ranges(settings)
     if not settings.value("output_dir") and not settings.is_faulty("output_dir"):
         found.append(settings.missing("output_dir", "give the folder for the tuned model"))
+    elif settings.value("output_dir") and Path(settings.value("output_dir")).expanduser().is_file():
+        found.append(settings.problem("output_dir", "is a file", "give a folder, which need not exist"))
     found += _optimizer(settings) + _schedule(settings) + _evaluation(settings) + _best_model(settings)
-    if settings.value("gradient_checkpointing_kwargs") and not settings.value("gradient_checkpointing"):
+    translated = any("use_reentrant_gc" in old for old, _, _ in settings.translated)  # harmless by itself there
+    if settings.value("gradient_checkpointing_kwargs") and not (settings.value("gradient_checkpointing") or translated):
         remedy = "set gradient_checkpointing: true"
         found.append(settings.problem("gradient_checkpointing_kwargs", "does nothing by itself", remedy))
     return found + _loading(settings) + _reporting(settings)
@@ -123,10 +126,25 @@ def _evaluation(settings: Settings) -> list[Problem]:
         "lr_scheduler_type": value("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"),
         "save_strategy": value("save_strategy") == "best",
     }
+    if strategy != "no" and any(needs.values()):
+        found += _metric_is_measured(settings)
     if strategy == "no":
         for name in (name for name, needed in needs.items() if needed):
             found.append(settings.problem(name, "needs evaluation while training", "set eval_strategy: steps or epoch"))
     return found
+
+
+def _metric_is_measured(settings: Settings) -> list[Problem]:
+    """Each of several sets has measures of its own name only; accuracy is counted where it is asked for."""
+    metric = settings.value("metric_for_best_model") or "loss"
+    named = "metric_for_best_model"
+    if metric.removeprefix("eval_").endswith("accuracy") and not settings.value("compute_accuracy"):
+        return [settings.problem(named, "is not measured", "set compute_accuracy: true")]
+    sets = [Path(name).stem for name in settings.value("eval_dataset") or ()]
+    if not settings.value("eval_on_each_dataset") or any(metric.removeprefix("eval_").startswith(s) for s in sets):
+        return []
+    remedy = f"with eval_on_each_dataset it is of one set: {', '.join(f'{name}_loss' for name in sets)}"
+    return [settings.problem(named, "is not measured", remedy, value=metric)]
 
 
 def _best_model(settings: Settings) -> list[Problem]:

@@ -18,6 +18,13 @@ SETTINGS_FILE = "burnish.yaml"
 def decide_start(settings: Settings) -> Path | None:
     """The checkpoint to go on from, or None to begin anew. Raises UserError where output_dir holds another run."""
     output_dir = Path(settings.value("output_dir")).expanduser()
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".can-write").touch()
+        (output_dir / ".can-write").unlink()
+    except OSError as error:
+        remedy = "give a folder that you may write to"
+        raise UserError(settings.problem("output_dir", f"cannot be written to ({error.strerror})", remedy)) from None
     checkpoint.clear_partial(output_dir)
     asked = settings.value("resume_from_checkpoint")
     if asked:

@@ -46,6 +46,8 @@ class Trainer(Evaluation):
         first_epoch, steps_done = self.steps.position(self.state.global_step)
         with Interrupt() as self.interrupt:
             for epoch in range(first_epoch, self.steps.epochs):
+                if self.state.global_step >= self.steps.total:  # resumed at the very end
+                    break
                 self._run_epoch(epoch, steps_done)
                 steps_done = 0
                 if self.control.should_training_stop:
@@ -111,6 +113,7 @@ class Trainer(Evaluation):
             if number < len(batches):
                 self.tell("on_substep_end")
                 if self.control.should_epoch_stop or self.control.should_training_stop:
+                    self.optimizer.zero_grad(set_to_none=True)
                     return
 
         # 3. The update, left out where something is not finite.
@@ -191,6 +194,8 @@ class Trainer(Evaluation):
         details = diagnose(self.model, record, lambda batch: self.objective(batch).loss, self.device)
         self.state.global_step, self.state.epoch = record.step - 1, record.epoch
         self.lr_scheduler.load_state_dict(record.scheduler)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
         saved = f"; the weights from before it are in {checkpoint.save(self)}" if self.state.global_step else ""
         raise RunStopped(
             f"step {record.step}: the loss or its gradient is not finite. The step was not applied{saved}.\n{details}\n"
@@ -201,10 +206,11 @@ class Trainer(Evaluation):
     def _stop_if_asked_to(self) -> None:
         if self.interrupt.signal is None:
             return
-        place = checkpoint.save(self)
+        place = checkpoint.save(self, to_go_on=True)
         raise RunStopped(
             f"stopped by {self.interrupt.signal.name} after step {self.state.global_step} of {self.state.max_steps}. "
-            f"{place} is whole: the same command goes on from there.",
+            f"{place} is whole: the same command goes on from there (one that has overwrite_output_dir or "
+            f"resume_from_checkpoint in it needs resume_from_checkpoint={place}).",
             status=128 + self.interrupt.signal.value,
         )
 

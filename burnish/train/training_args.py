@@ -48,8 +48,10 @@ def build(values: dict[str, Any], **more: Any) -> TrainingArguments:
         values["warmup_steps"] = ratio  # below 1 it is a share
     if values.get("include_num_input_tokens_seen") in ("true", "false"):
         values["include_num_input_tokens_seen"] = values["include_num_input_tokens_seen"] == "true"
-    if values.get("early_stopping_steps"):
+    if values.get("save_strategy") == "best":
         values.setdefault("metric_for_best_model", "loss")
+    if str(values.get("metric_for_best_model")).endswith("perplexity"):
+        values.setdefault("greater_is_better", False)  # transformers takes all but a loss for the larger the better
     installed = {one.name for one in mirror()}
     for new, old in CHECKPOINTING.items():
         if new in installed and old in values:

@@ -79,7 +79,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.keys, keys.encode())
 
-    def expect(self, pattern: str, seconds: float = 30.0) -> str:
+    def expect(self, pattern: str, seconds: float = 120.0) -> str:
         """Wait for it; what came up to its end is taken off and returned, without colours."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen)):

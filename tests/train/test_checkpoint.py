@@ -357,3 +357,47 @@ def test_a_callback_gets_back_what_it_counted_and_its_settings_where_that_is_ask
     run._prepare(tmp_path / "checkpoint-2")
     assert second.early_stopping_patience_counter == counted
     assert second.early_stopping_patience == patience
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    checkpoint.clear_later(tmp_path, tmp_path / "checkpoint-4")
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [2, 4]
+    checkpoint.clear_later(tmp_path, tmp_path / "elsewhere" / "checkpoint-1")  # another folder's: nothing is later
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [2, 4]
+
+
+def test_beginning_anew_takes_away_the_model_of_the_run_before_and_nothing_else(tmp_path):
+    for name in (
+        "trainer_log.jsonl",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "all_results.json",
+        "notes.txt",
+    ):
+        (tmp_path / name).write_text("")
+    checkpoint.clear_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "config.json").write_text("")  # no log: not the folder of a run
+    checkpoint.clear_run(tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_run_that_resumes_with_another_learning_rate_gets_it(tmp_path):
+    how = dict(save_strategy="steps", save_steps=2, max_steps=6, lr_scheduler_type="linear")
+    trainer(small_model(), arguments(tmp_path, **how, learning_rate=1e-2), samples(20)).train()
+    run = trainer(small_model(), arguments(tmp_path, **how, learning_rate=1e-4, weight_decay=0.1), samples(20))
+    run.train(tmp_path / "checkpoint-2")
+    rates = [entry["learning_rate"] for entry in run.state.log_history if entry["step"] > 2 and "loss" in entry]
+    assert rates == pytest.approx([1e-4 * share / 6 for share in (4, 3, 2, 1)])
+    assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.1, 0.0}
+
+
+def test_a_run_resumed_at_its_last_step_trains_no_more(tmp_path):
+    how = dict(save_strategy="steps", save_steps=3, max_steps=3)
+    trainer(small_model(), arguments(tmp_path, **how), samples(20)).train()
+    run = trainer(small_model(), arguments(tmp_path, **how), samples(20))
+    run.train(tmp_path / "checkpoint-3")
+    assert run.state.global_step == 3

@@ -122,7 +122,8 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(name, step, stat
     assert (place / "optimizer.pt").is_file() and (place / "model.safetensors").is_file()
     text = process.said_to_people()
     assert f"note: {told}: finishing this step and saving a checkpoint; once more stops at once" in text
-    assert f"stopped by {told} after step {step} of 8. {place} is whole: the same command goes on from there." in text
+    assert f"stopped by {told} after step {step} of 8. {place} is whole: the same command goes on from there" in text
+    assert f"needs resume_from_checkpoint={place})." in text
     assert "Traceback" not in text
 
 

@@ -51,7 +51,6 @@ def refusal(run: Settings) -> list[str]:
 
 def test_an_empty_or_missing_folder_is_begun_in(given, capsys):
     assert decide_start(settings(given)) is None
-    given["output_dir"].mkdir()
     (given["output_dir"] / "notes.txt").write_text("mine")
     assert decide_start(settings(given)) is None
     assert capsys.readouterr().out == ""
@@ -154,3 +153,10 @@ def test_resume_from_checkpoint_may_name_one_of_any_folder(given, tmp_path):
 def test_a_folder_that_is_no_checkpoint_is_refused(given, tmp_path):
     (problem,) = refusal(settings(given, resume_from_checkpoint=tmp_path / "model"))
     assert "is no checkpoint" in problem and STATE_FILE in problem and str(tmp_path / "model") in problem
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_settings(given, tmp_path):
+    (tmp_path / "file").write_text("")
+    given["output_dir"] = tmp_path / "file" / "out"
+    with pytest.raises(UserError, match="cannot be written to"):
+        decide_start(settings(given))
