@@ -21,9 +21,10 @@ from burnish.chat.template import ChatTemplate, load_template
 from burnish.data.loader import make_collate
 from burnish.data.report import first_sample_text
 from burnish.data.sources import Datasets, Hub, get_dataset
+from burnish.data.stream import StreamedSamples
 from burnish.generate.engine import Engine
 from burnish.model.head import CausalLoss
-from burnish.model.loader import compute_dtype, load_model, parameter_table
+from burnish.model.loader import check_positions, compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, wants_gradient_checkpointing
 from burnish.model.probe import Path as ModelPath
 from burnish.model.probe import choose_path
@@ -163,6 +164,7 @@ def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[A
         tokenizer=tokenizer,
         max_length=settings.data.cutoff_len,
     )
+    check_positions(model, settings.data.cutoff_len, scaled=settings.model.rope_scaling is not None)
     model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
     path = choose_path(model, keep_padding=_why_padded(settings))
     on, details = wants_gradient_checkpointing(args)
@@ -220,6 +222,9 @@ def _run(settings: Settings, trainer: Trainer, resume: Path | None) -> None:
         else:
             checkpoint.clear_later(folder, resume)
         result = trainer.train(resume)
+        if isinstance(trainer.train_dataset, StreamedSamples):
+            for line in trainer.train_dataset.report.lines():
+                console.say(line)
         trainer.save_model()
         trainer.state.save_to_json(str(folder / checkpoint.STATE_FILE))
         save_metrics(folder, "train", result.metrics)

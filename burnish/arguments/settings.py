@@ -171,8 +171,15 @@ class Settings:
         if value is None or name not in FOLDERS | PERHAPS_PATHS:
             return value
         if isinstance(value, list):
-            return [self._path(item) if os.path.exists(self._path(item)) else item for item in value]
-        return self._path(value) if name in FOLDERS or os.path.exists(self._path(value)) else value
+            return [self._path(item) if self._is_place(name, item) else item for item in value]
+        return self._path(value) if name in FOLDERS or self._is_place(name, value) else value
+
+    def _is_place(self, name: str, item: str) -> bool:
+        """A folder that happens to be called like a data set or a template does not make a path of that name."""
+        path = self._path(item)
+        if name == "template" or (name in ("dataset", "eval_dataset") and os.sep not in item):
+            return os.path.isfile(path)
+        return os.path.exists(path)
 
     def _path(self, item: str) -> str:
         """Absolute and without `..`, so that two spellings of a path are one."""

@@ -49,8 +49,8 @@ def load_template(
             remedy = f"name one with --template; those that fit it: {', '.join(fitting_names(tokenizer))}"
             raise UserError(Problem(tokenizer_place(tokenizer), "", None, "has no chat template of its own", remedy))
         source = own
-    elif name not in named_templates() and (name.endswith(".jinja") or Path(name).is_file()):
-        source = _read(name)
+    elif name not in named_templates() and (name.endswith(".jinja") or Path(name).expanduser().is_file()):
+        source = _read(str(Path(name).expanduser()))
     else:
         template = get_template(name, tokenizer)
         source, stops = template.jinja_for(tokenizer), template.stop

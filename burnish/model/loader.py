@@ -89,6 +89,25 @@ def compute_dtype(bf16: bool, device: torch.device | str) -> torch.dtype:
     return torch.bfloat16
 
 
+def check_positions(model: PreTrainedModel, cutoff_len: int, *, scaled: bool) -> None:
+    """Say that samples may be longer than the model was made for. Raises UserError where it has no such positions.
+
+    Rotary positions can be computed beyond their end, which a model has not learned; a table of learned ones just ends.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or cutoff_len <= positions or scaled:
+        return
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    if any(positions <= table.num_embeddings <= positions + 2 for table in tables):  # OPT keeps two rows more
+        message = f"is more than the {positions} positions that the model has"
+        raise UserError(Problem("settings", "cutoff_len", cutoff_len, message, f"set cutoff_len: {positions}"))
+    console.warn(
+        f"cutoff_len {cutoff_len} is beyond the model's {positions} positions: it has not learned to use more; "
+        "rope_scaling stretches them"
+    )
+
+
 def _load_config(folder: Path, args: ModelArguments) -> PreTrainedConfig:
     place = str(args.model_name_or_path)
     try:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, 
 
 from burnish.errors import UserError
 from burnish.model.arguments import ModelArguments
-from burnish.model.loader import fit_vocabulary, load_model, parameter_table
+from burnish.model.loader import check_positions, fit_vocabulary, load_model, parameter_table
 from burnish.model.tokenizer import load_tokenizer
 
 
@@ -402,3 +402,23 @@ def test_the_table_of_parameters_counts_a_shared_matrix_once():
     assert table.trainable == VOCABULARY * SHAPE["hidden_size"]
     assert str(table) == f"trainable parameters: {table.trainable:,} of {table.all:,} ({table.share:.2%})"
     assert table.all == sum(weight.numel() for name, weight in model.state_dict().items() if name != "lm_head.weight")
+
+
+def test_a_cutoff_beyond_the_models_positions_is_said_and_refused_where_there_are_none(capsys):
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    rotary = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                    max_position_embeddings=64)
+    )  # fmt: skip
+    check_positions(rotary, 64, scaled=False)
+    check_positions(rotary, 128, scaled=True)
+    assert capsys.readouterr().err == ""
+    check_positions(rotary, 128, scaled=False)
+    assert "cutoff_len 128 is beyond the model's 64 positions" in capsys.readouterr().err
+
+    learned = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=32, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    )
+    with pytest.raises(UserError, match=r"cutoff_len 128 is more than the 64 positions.*set cutoff_len: 64"):
+        check_positions(learned, 128, scaled=False)
