@@ -43,6 +43,21 @@ def _cpu() -> Iterator[tuple[str, str]]:
         yield "memory", f"{int(memory.split()[0]) / 2**20:.1f} GiB"
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Without AVX512_BF16 or AMX a CPU emulates bf16: 8 to 100 times slower than float32, and no more exact."""
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def quiet_deepspeed() -> None:
+    """Where DeepSpeed is installed, transformers imports it to save a model, and it prints that it found no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _lines(path: str) -> list[tuple[str, str]]:
     """`name : value` lines of a file of Linux; nothing elsewhere."""
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from small import arguments, samples, small_model, trainer
+from small import CONFIGS, arguments, samples, small_model, trainer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EarlyStoppingCallback, TrainerCallback
 from transformers import Trainer as TransformersTrainer
@@ -24,10 +24,13 @@ from transformers import Trainer as TransformersTrainer
 from burnish.data.loader import collate, collate_padded
 from burnish.model.head import CausalLoss
 from burnish.model.probe import choose_path
+from burnish.model.qwen import QWenConfig, register
 from burnish.train.checkpoint import last_checkpoint
 from burnish.types import IGNORE_INDEX
 
-KINDS = ["qwen3", "llama"]
+register()
+CONFIGS["the first qwen"] = QWenConfig
+KINDS = ["qwen3", "llama", "the first qwen"]
 RTOL_LOSS, RTOL_GRADIENT, RTOL_20_STEPS = 1e-6, 1e-5, 1e-4
 
 

@@ -1,7 +1,8 @@
 """The order of samples, and samples → `Batch`.
 
 The order of epoch e is a permutation drawn from (seed, e) alone, so any position can be found again without replaying
-what came before: that is what makes a resumed run see the same rows. `collate` lays samples end to end;
+what came before: that is what makes a resumed run see the same rows. Of several processes each takes its share of the
+same order. `collate` lays samples end to end;
 `collate_padded` makes the padded batches of models that need them. A torch `DataLoader` puts both together, so its
 workers, pinning and prefetching are at the user's disposal (`dataloader_*`).
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,17 +23,49 @@ from burnish.types import IGNORE_INDEX, Batch, Sample
 
 Collate = Callable[[Sequence[Sample]], Batch]
 
+BATCHES_SORTED_TOGETHER = 50  # with group_by_length; more would make batches of one length follow each other
+# What a process computes whose share of a batch is empty: as many passes as its peers, and nothing to learn.
+NOTHING = Sample(np.zeros(2, dtype=np.int32), np.full(2, IGNORE_INDEX, dtype=np.int32))
+
+
+class Share(NamedTuple):
+    """Which part of every batch a process takes: of `of` processes the `rank`th."""
+
+    rank: int = 0
+    of: int = 1
+
+
+WHOLE = Share()
+
 
 class EpochOrder(Sampler[list[int]]):
     """Batches of indices: epoch e is shuffled by (seed, e), the batches before `skip` are left out.
 
-    >>> order = EpochOrder(5, batch_size=2, seed=42, shuffle=False); order.set_epoch(0); list(order)
+    A batch is `batch_size` samples for each process, and what is given is one process's share of it. The last batch of
+    an epoch may be smaller, and the share of some processes then empty: their `collate([])` makes a batch of nothing.
+
+    >>> order = EpochOrder(5, batch_size=2, seed=42, strategy="sequential"); order.set_epoch(0); list(order)
     [[0, 1], [2, 3], [4]]
+    >>> list(EpochOrder(5, batch_size=2, seed=42, strategy="sequential", share=Share(1, of=2)))
+    [[1, 3], []]
+
+    `strategy`: random, sequential, or group_by_length (random, but a batch holds samples of about one length, which
+    padding gains from), for which `lengths` are needed.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, seed: int, shuffle: bool = True, drop_last: bool = False):
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.shuffle, self.drop_last = shuffle, drop_last
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        strategy: str = "random",
+        drop_last: bool = False,
+        share: Share = WHOLE,
+        lengths: np.ndarray | None = None,
+    ):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size * share.of, seed
+        self.strategy, self.drop_last, self.share, self.lengths = strategy, drop_last, share, lengths
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -44,25 +77,44 @@ class EpochOrder(Sampler[list[int]]):
         return whole + (0 if self.drop_last or not rest else 1)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        order = self._order()
         for batch in range(self.skip, len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield rows[self.share.rank :: self.share.of].tolist()
+
+    def _order(self) -> np.ndarray:
+        if self.strategy == "sequential":
+            return np.arange(self.num_samples)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        if self.strategy != "group_by_length":
+            return order
+        assert self.lengths is not None
+        size = BATCHES_SORTED_TOGETHER * self.batch_size
+        groups = [order[start : start + size] for start in range(0, self.num_samples, size)]
+        longest_first = np.concatenate([group[np.argsort(-self.lengths[group], kind="stable")] for group in groups])
+        longest = int(np.argmax(self.lengths[longest_first]))  # its batch first: what does not fit shows at once
+        first = longest - longest % self.batch_size
+        return np.concatenate(
+            [
+                longest_first[first : first + self.batch_size],
+                np.delete(longest_first, slice(first, first + self.batch_size)),
+            ]
+        )
 
 
 class StreamOrder(IterableDataset):
     """A stream of samples in the place of `EpochOrder`: endless, each time in another order, begun at any batch."""
 
-    def __init__(self, stream: Any, batch_size: int):
-        self.stream, self.batch_size = stream, batch_size
+    def __init__(self, stream: Any, batch_size: int, share: Share = WHOLE):
+        self.stream, self.batch_size, self.share = stream, batch_size, share
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[Sample]:
-        return islice(self._endless(), self.skip * self.batch_size, None)
+        rank, of = self.share
+        return islice(self._endless(), self.skip * self.batch_size * of + rank, None, of)
 
     def _endless(self) -> Iterator[Sample]:
         for epoch in count(self.epoch):
@@ -81,8 +133,9 @@ def make_loader(
     collate: Collate,
     *,
     seed: int,
-    shuffle: bool = True,
+    strategy: str = "random",
     drop_last: bool = False,
+    share: Share = WHOLE,
     options: dict[str, Any] | None = None,
 ) -> DataLoader:
     """A DataLoader of `Batch`es over a store or a stream. `options` are torch's (num_workers, pin_memory, ...).
@@ -93,12 +146,24 @@ def make_loader(
     generator = torch.Generator()
     if not hasattr(samples, "__getitem__"):
         options |= {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}  # one reader, one order
-        order = StreamOrder(samples, batch_size)
+        order = StreamOrder(samples, batch_size, share)
         return DataLoader(
             order, batch_size=batch_size, collate_fn=collate, drop_last=drop_last, generator=generator, **options
         )
-    order = EpochOrder(len(samples), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last)
+    order = EpochOrder(
+        len(samples),
+        batch_size,
+        seed=seed,
+        strategy=strategy,
+        drop_last=drop_last,
+        share=share,
+        lengths=_lengths(samples) if strategy == "group_by_length" else None,
+    )
     return DataLoader(samples, batch_sampler=order, collate_fn=collate, generator=generator, **options)
+
+
+def _lengths(samples: Any) -> np.ndarray:
+    return samples.lengths if hasattr(samples, "lengths") else np.array([len(sample) for sample in samples])
 
 
 def order_of(loader: DataLoader) -> EpochOrder | StreamOrder:
@@ -113,6 +178,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
                          position_ids [[0 1 2 0 1]]      labels of a and d are ignored: nothing predicts them
     A sample that itself holds several documents (`Sample.documents`) has a border at each.
     """
+    real = samples
+    samples = samples or [NOTHING]
     ids = torch.from_numpy(np.concatenate([s.input_ids for s in samples]).astype(np.int64))  # [T]
     labels = torch.from_numpy(np.concatenate([s.labels for s in samples]).astype(np.int64))  # [T]
     lengths = [n for s in samples for n in (s.documents or (len(s),))]
@@ -134,8 +201,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         trained_at=trained_at,
         targets=targets,
         num_trained=len(targets),
-        num_tokens=len(ids),
-        places=tuple(s.place for s in samples),
+        num_tokens=sum(len(s) for s in real),
+        places=tuple(s.place for s in real),
     )
 
 
@@ -147,8 +214,8 @@ def collate_padded(
     A sample that holds several documents becomes a row for each: in one row they would see each other.
     A `token_type_ids` of zeros is added only for a model whose forward takes it.
     """
-    places = tuple(s.place for s in samples)
-    samples = [document for s in samples for document in _documents(s)]
+    real = samples
+    samples = [document for s in samples or [NOTHING] for document in _documents(s)]
     features = [
         {"input_ids": s.input_ids.tolist(), "attention_mask": s.attention_mask.tolist(), "labels": s.labels.tolist()}
         for s in samples
@@ -165,8 +232,8 @@ def collate_padded(
         trained_at=trained_at,
         targets=targets,
         num_trained=len(targets),
-        num_tokens=sum(len(s) for s in samples),
-        places=places,
+        num_tokens=sum(len(s) for s in real),
+        places=tuple(s.place for s in real),
     )
 
 

@@ -7,7 +7,6 @@ a model is, is asked of transformers' public interface.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,21 +24,18 @@ from transformers import (
 from burnish import console
 from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
-from burnish.model.attention import ATTENTION_NAME, register
-from burnish.model.source import find_model, first_line, model_problems
+from burnish.model.patch import gathered, shape_of, size_of
+from burnish.model.positions import scale_positions
+from burnish.model.source import find_model, first_line, is_native, model_problems, runs_own_code
 
 SHOWN = 4  # names of weights or tokens in a message; more would hide what it says
 ROWS_MULTIPLE = 64  # a grown vocabulary is rounded up to this, which matrix units of a GPU want
-ROPE_FACTOR = 2.0  # where no length says how far positions must reach
-# What a rotary embedding keeps of itself when it is scaled.
-ROPE_BASE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
 
 def load_model(
     args: ModelArguments,
     *,
     dtype: torch.dtype,
-    attention: str = "sdpa",
     trainable: bool,
     device: torch.device | str = "cpu",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -47,12 +43,17 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of `args`, in `dtype` on `device`, in eval mode, every parameter loaded.
 
-    `attention` is what `flash_attn: auto` means here. `tokenizer` is checked against the rows of the embedding, which
-    `resize_vocab` grows. `max_length` (cutoff_len) says how far `rope_scaling` must reach.
+    `tokenizer` is checked against the rows of the embedding, which `resize_vocab` grows. `max_length` (cutoff_len) says
+    how far `rope_scaling` must reach.
     """
     folder = find_model(args, weights=True)
     if problems := model_problems(folder, args):
         raise UserError(problems)
+    if is_native(folder) and any(folder.glob("*.py")):
+        console.warn(
+            f"{args.model_name_or_path}: its .py files are not run: burnish has code for this model, and under "
+            "transformers 5 theirs would fill attn.c_proj with random numbers"
+        )
     config = _load_config(folder, args)
     if args.rope_scaling is not None:
         scale_positions(config.get_text_config(), args.rope_scaling, max_length, place=str(args.model_name_or_path))
@@ -61,7 +62,7 @@ def load_model(
         config,
         args,
         dtype=dtype,
-        attn_implementation=attention_name(config, args.flash_attn, attention),
+        attn_implementation=_attention_name(args.flash_attn),
         device_map=None if torch.device(device).type == "cpu" else {"": device},  # no copy on the CPU in between
     )
     model.name_or_path = model.config.name_or_path = _name_to_keep(args, folder)
@@ -89,38 +90,19 @@ def compute_dtype(bf16: bool, device: torch.device | str) -> torch.dtype:
     return torch.bfloat16
 
 
-def check_positions(model: PreTrainedModel, cutoff_len: int, *, scaled: bool) -> None:
-    """Say that samples may be longer than the model was made for. Raises UserError where it has no such positions.
-
-    Rotary positions can be computed beyond their end, which a model has not learned; a table of learned ones just ends.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None or cutoff_len <= positions or scaled:
-        return
-    words = model.get_input_embeddings()
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
-    if any(positions <= table.num_embeddings <= positions + 2 for table in tables):  # OPT keeps two rows more
-        message = f"is more than the {positions} positions that the model has"
-        raise UserError(Problem("settings", "cutoff_len", cutoff_len, message, f"set cutoff_len: {positions}"))
-    console.warn(
-        f"cutoff_len {cutoff_len} is beyond the model's {positions} positions: it has not learned to use more; "
-        "rope_scaling stretches them"
-    )
-
-
 def _load_config(folder: Path, args: ModelArguments) -> PreTrainedConfig:
-    place = str(args.model_name_or_path)
+    place, trusted = str(args.model_name_or_path), runs_own_code(folder, args)
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trusted)
     except Exception as error:  # its own checks, or code that came with the model
         message = f"cannot be used ({first_line(error)})"
         raise UserError(Problem(place, "config.json", None, message, "copy the model's files again")) from error
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (own_code and args.trust_remote_code):
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (own_code and trusted):
         message = f"is a {config.model_type} model, which does not continue text"
         raise UserError(Problem(place, "", None, message, "give a causal language model (Qwen, Llama, Gemma ...)"))
-    if own_code and not args.trust_remote_code:
-        delattr(config, "auto_map")  # transformers' own class is used: what is saved must not name .py files it lacks
+    if own_code and not trusted:
+        delattr(config, "auto_map")  # another class is used: what is saved must not name .py files it lacks
     return config
 
 
@@ -130,7 +112,11 @@ def _load_weights(folder: Path, config: PreTrainedConfig, args: ModelArguments, 
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         model, info = load(
-            str(folder), config=config, trust_remote_code=args.trust_remote_code, output_loading_info=True, **how
+            str(folder),
+            config=config,
+            trust_remote_code=runs_own_code(folder, args),
+            output_loading_info=True,
+            **how,
         )
     except Exception as error:  # torn files, shapes that do not fit, code that came with the model, no memory
         message = f"cannot be loaded ({first_line(error)})"
@@ -146,67 +132,12 @@ def _load_weights(folder: Path, config: PreTrainedConfig, args: ModelArguments, 
     return model
 
 
-def attention_name(config: PreTrainedConfig, flash_attn: str, attention: str) -> str | None:
-    """`flash_attn` → the name transformers takes; None lets it choose what the model can do (sdpa, else eager)."""
-    if flash_attn in ("disabled", "off"):
-        return "eager"
-    if flash_attn == "sdpa":
-        return "sdpa"
-    if attention == "sdpa":
-        return None
-    if attention == ATTENTION_NAME:
-        register()
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if known is not None and not known.is_backend_compatible():
-        console.warn(f"{config.model_type} models bring their own attention: {attention} is not used")
-        return None
-    return attention
+def _attention_name(flash_attn: str) -> str | None:
+    """`flash_attn` → the name transformers takes; None lets it choose what the model can do (sdpa, else eager).
 
-
-def scale_positions(config: PreTrainedConfig, kind: str, max_length: int | None, *, place: str) -> None:
-    """Set `rope_parameters` so that a model of L positions reads `max_length`: factor = ceil(max_length / L).
-
-    Assigning the old `rope_scaling` would drop `rope_theta`. A model whose layers rotate differently (Gemma 3) has one
-    set per type of layer; those with a sliding window see no further than it and stay as they are.
+    Where the model is trained, `probe.choose_path` then tries burnish's own.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    parameters = getattr(config, "rope_parameters", None)
-    if not parameters or not positions:
-        remedy = "leave rope_scaling out"
-        raise UserError(Problem(place, "rope_scaling", kind, "needs rotary positions, which it does not have", remedy))
-    if max_length is not None and max_length <= positions:
-        console.warn(f"rope_scaling does nothing: the model reads {positions} tokens, {max_length} are asked for")
-        return
-    factor = ROPE_FACTOR if max_length is None else float(math.ceil(max_length / positions))
-    if "rope_theta" in parameters or "rope_type" in parameters:
-        scaled = _scaled(parameters, kind, factor, positions, place)
-    else:
-        scaled = {
-            layers: _scaled(each, kind, factor, positions, place) if each and "sliding" not in layers else each
-            for layers, each in parameters.items()
-        }
-    if scaled == parameters:
-        return  # a model that was tuned and saved with these settings
-    config.rope_parameters = scaled
-    if kind != "dynamic":  # which finds its original length here
-        config.max_position_embeddings = int(positions * factor)
-    console.say(f"rope_scaling {kind}: {positions} positions stretched {factor:g} times")
-
-
-def _scaled(parameters: dict[str, Any], kind: str, factor: float, positions: int, place: str) -> dict[str, Any]:
-    already = parameters.get("rope_type", "default")
-    if (already, parameters.get("factor")) == (kind, factor):
-        return parameters
-    if already != "default":
-        message = f"would take the place of its own scaling ({already}, factor {parameters.get('factor')})"
-        raise UserError(Problem(place, "rope_scaling", kind, message, "leave rope_scaling out"))
-    scaled = {name: parameters[name] for name in ROPE_BASE if name in parameters}
-    scaled |= {"rope_type": kind, "factor": factor}
-    if kind in ("yarn", "llama3"):
-        scaled["original_max_position_embeddings"] = positions
-    if kind == "llama3":
-        scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's own
-    return scaled
+    return {"disabled": "eager", "off": "eager", "sdpa": "sdpa"}.get(flash_attn)
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> None:
@@ -243,8 +174,9 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
     before = num_rows(model)
     model.resize_token_embeddings(size, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    with torch.no_grad():
-        for table in (parameter for module in tables if module is not None for parameter in module.parameters()):
+    rows = [parameter for module in tables if module is not None for parameter in module.parameters()]
+    with torch.no_grad(), gathered(rows, to_change=True):
+        for table in rows:
             table[before:] = table[:before].mean(dim=0, dtype=torch.float32).to(table.dtype)  # weight, or a head's bias
     console.say(f"vocabulary grown from {before} to {num_rows(model)} rows")
 
@@ -252,7 +184,7 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
 def num_rows(model: PreTrainedModel) -> int:
     """How many ids the embedding has a row for."""
     embedding: Any = model.get_input_embeddings()
-    return embedding.weight.shape[0]
+    return shape_of(embedding.weight)[0]
 
 
 def _mend_generation_config(model: PreTrainedModel) -> None:
@@ -298,5 +230,5 @@ class ParameterTable(NamedTuple):
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(size_of(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterTable(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))

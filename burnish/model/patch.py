@@ -1,10 +1,16 @@
-"""The one file that knows what an installed transformers calls things and what is inside its models."""
+"""The one file that knows what an installed transformers calls things and what is inside its models.
+
+Under DeepSpeed's ZeRO-3 a parameter is empty until it is gathered; its own size and shape stand beside it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def enable_gradient_checkpointing(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
@@ -28,3 +34,28 @@ def wants_gradient_checkpointing(args: Any) -> tuple[bool, dict[str, Any] | None
     on = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
     settings = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
     return bool(on), settings
+
+
+def size_of(parameter: Any) -> int:
+    """Elements of a parameter, gathered or not."""
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+
+
+def shape_of(parameter: Any) -> torch.Size:
+    return torch.Size(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.shape
+
+
+@contextmanager
+def gathered(tensors: Iterable[Tensor], *, to_change: bool = False) -> Iterator[None]:
+    """Within the block divided parameters are whole, in every process; the others are left as they are.
+
+    `to_change`: what the main process writes into them goes to all when the block ends.
+    """
+    divided = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not divided:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if to_change else None):
+        yield

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from burnish.model.attention import ATTENTION_NAME, register
 from burnish.model.head import decoder_of, unwrap
+from burnish.model.patch import shape_of
 
 PROBE_LENGTHS = (9, 7)  # tokens of the two documents; the first is odd so that no alignment helps
 LOUD = 64.0  # what the head gives is multiplied by it: a cap hardly bends the small logits of a model with new weights
 
 
 @dataclass(frozen=True)
-class Path:
+class ForwardPath:
     """How a model is run: `padding_free` batches or padded ones, `fused_head` or the model's own; and why."""
 
     padding_free: bool
@@ -36,7 +37,7 @@ class Path:
         return f"{batches}; {head}" + "".join(f" ({reason})" for reason in self.reasons)
 
 
-def choose_path(model: nn.Module, *, keep_padding: str = "") -> Path:
+def choose_path(model: nn.Module, *, keep_padding: str = "") -> ForwardPath:
     """Try both questions on `model` and leave its attention set accordingly. Weights, modes and rng are untouched.
 
     `keep_padding` is the reason, if a setting asks for padded batches and the model's own attention.
@@ -54,7 +55,7 @@ def choose_path(model: nn.Module, *, keep_padding: str = "") -> Path:
             reasons += [reason] if reason else []
     finally:
         model.train(training)
-    return Path(padding_free, fused, tuple(reasons))
+    return ForwardPath(padding_free, fused, tuple(reasons))
 
 
 def _padding_free(model: nn.Module, ids: Tensor) -> tuple[bool, str]:
@@ -150,7 +151,7 @@ def _own_attention(model: Any) -> str:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return unwrap(model).get_input_embeddings().weight.shape[0]
+    return shape_of(unwrap(model).get_input_embeddings().weight)[0]
 
 
 def _generator() -> torch.Generator:

@@ -20,6 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py")  # everything but the weights
 WEIGHTS = ("*.safetensors", "*_model*.bin")  # the second only where the first is not there
 COPIES = ("original/*", "consolidated*", "onnx/*", "openvino/*", "coreml/*")  # the same weights in other formats
+NATIVE = frozenset({"qwen"})  # values of model_type that transformers does not know and burnish has code for (qwen.py)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # beside each may stand FILE.index.json, naming its shards
 
 
@@ -28,6 +29,9 @@ def find_model(args: ModelArguments, *, weights: bool) -> Path:
     name = args.model_name_or_path
     if not name:
         raise UserError(Problem("arguments", "model_name_or_path", None, "is missing", "give a folder or a hub name"))
+    from burnish.model import qwen
+
+    qwen.register()  # here, as whatever is made of a model comes by
     return find_folder(name, args, revision=args.model_revision, weights=weights)
 
 
@@ -116,6 +120,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_native(folder: Path) -> bool:
+    """Is it a model that burnish has code for, and transformers has not?"""
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") in NATIVE
+
+
+def runs_own_code(folder: Path, args: ModelArguments) -> bool:
+    """May Python files that came with the model run? Where burnish has code for it they never do."""
+    return args.trust_remote_code and not is_native(folder)
+
+
 def model_problems(folder: Path, args: ModelArguments) -> list[Problem]:
     """Everything that keeps the folder's weights from being trained or asked, found by reading its small files."""
     place = str(args.model_name_or_path)
@@ -166,13 +181,14 @@ def _type_problems(place: str, config: dict[str, Any], args: ModelArguments) -> 
             Problem(place, "", None, f"holds weights quantized by {method}", "give the model in bfloat16 or float32")
         )
     model_type = config.get("model_type")
+    known = model_type in CONFIG_MAPPING or model_type in NATIVE
     if model_type is None and not config.get("auto_map"):
         found.append(Problem(place, "config.json", None, "has no model_type", "copy the model's files again"))
-    elif model_type not in CONFIG_MAPPING and config.get("auto_map"):
+    elif not known and config.get("auto_map"):
         if not args.trust_remote_code:
             remedy = "read its .py files, then set trust_remote_code: true to run them"
             found.append(Problem(place, "", None, f"needs Python code of its own (model_type {model_type})", remedy))
-    elif model_type not in CONFIG_MAPPING:
+    elif not known:
         message = f"is of model_type {model_type}, which transformers {__version__} does not know"
         found.append(Problem(place, "", None, message, "pip install --upgrade transformers"))
     return found

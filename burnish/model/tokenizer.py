@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from burnish import console
 from burnish.errors import Problem, UserError
+from burnish.model import tiktoken
 from burnish.model.arguments import ModelArguments
-from burnish.model.source import find_model, first_line, read_json
+from burnish.model.source import find_model, first_line, is_native, read_json
 
 # A token that ends a text, for tokenizers that name none (the first Qwen's). The first that is there is taken.
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -36,20 +37,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer in the model's folder or hub repository. No other file of the model is needed."""
     place = str(args.model_name_or_path)
     folder = find_model(args, weights=False)
-    if not args.trust_remote_code and (folder / "tokenizer_config.json").is_file():
-        own_code = read_json(folder / "tokenizer_config.json").get("auto_map", {})
-    else:
-        own_code = {}
-    try:
-        # trust_remote_code is always said: left unset, transformers would ask on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # whatever the files, or code that came with them, make it raise
-        if own_code:
-            remedy = "read its .py files, then set trust_remote_code: true to run them"
-            raise UserError(Problem(place, "", None, "has a tokenizer with Python code of its own", remedy)) from error
-        message = f"cannot be loaded ({first_line(error)})"
-        remedy = "the folder needs tokenizer.json, or the vocabulary files of its kind, beside tokenizer_config.json"
-        raise UserError(Problem(place, "the tokenizer", None, message, remedy)) from error
+    tokenizer = _read(folder, args, place)
     _refuse_empty(tokenizer, place)
     tokenizer = _as_published(tokenizer, folder)
     tokenizer.padding_side = "right"
@@ -57,6 +45,36 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     _add_tokens(tokenizer, args)
     _choose_end_and_pad(tokenizer, place)
     return tokenizer
+
+
+def _read(folder: Path, args: ModelArguments, place: str) -> PreTrainedTokenizerBase:
+    settings = folder / "tokenizer_config.json"
+    published = read_json(settings) if settings.is_file() else {}
+    first_qwen = is_native(folder) or published.get("tokenizer_class") == "QWenTokenizer"
+    try:
+        if first_qwen:
+            return _first_qwen(folder, place)
+        # trust_remote_code is always said: left unset, transformers would ask on the terminal.
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=args.trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the files, or code that came with them, make it raise
+        if published.get("auto_map") and not (args.trust_remote_code or first_qwen):
+            remedy = "read its .py files, then set trust_remote_code: true to run them"
+            raise UserError(Problem(place, "", None, "has a tokenizer with Python code of its own", remedy)) from error
+        message = f"cannot be loaded ({first_line(error)})"
+        remedy = "the folder needs tokenizer.json, or the vocabulary files of its kind, beside tokenizer_config.json"
+        raise UserError(Problem(place, "the tokenizer", None, message, remedy)) from error
+
+
+def _first_qwen(folder: Path, place: str) -> PreTrainedTokenizerBase:
+    """From the tokenizer.json that a run left, else from qwen.tiktoken; never through Python code in the folder."""
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    if (folder / tiktoken.FILE).is_file():
+        return tiktoken.qwen_tokenizer(folder)
+    message = f"is not there (neither {tiktoken.FILE} nor tokenizer.json)"
+    raise UserError(Problem(place, "the tokenizer", None, message, "copy the model's files again"))
 
 
 def _refuse_empty(tokenizer: PreTrainedTokenizerBase, place: str) -> None:

@@ -39,7 +39,11 @@ OUR_HELP = {
     "do_train": "Train; true unless only do_eval is asked for.",
     "do_eval": "Evaluate at the end.",
     "resume_from_checkpoint": "The checkpoint to go on from.",
+    "deepspeed": "DeepSpeed's settings: a JSON file, such as examples/deepspeed/ds_z3_config.json, or the JSON itself.",
+    "fp16": "16-bit numbers: bfloat16 on a GPU, for now, and float32 on the CPU.",
 }
+# What transformers' annotation says too loosely.
+HINTS: dict[str, Any] = {"deepspeed": str | dict}  # a path or a mapping
 
 OURS = (
     TransformersField("overwrite_output_dir", bool, False, "Begin anew in an output_dir that holds a run."),
@@ -62,20 +66,19 @@ HONOURED = frozenset(
     metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism
     seed data_seed use_cpu dataloader_drop_last dataloader_num_workers dataloader_pin_memory
     dataloader_persistent_workers dataloader_prefetch_factor
-    resume_from_checkpoint include_num_input_tokens_seen log_level
+    resume_from_checkpoint include_num_input_tokens_seen log_level log_level_replica
+    log_on_each_node train_sampling_strategy deepspeed ddp_backend ddp_timeout ddp_bucket_cap_mb
     overwrite_output_dir warmup_ratio logging_dir
     """)
 )
 
-_ONE_PROCESS = "one process has no peers"
 NOTHING_TO_CHANGE = {
-    **dict.fromkeys(
-        words("""
-        ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
-        local_rank average_tokens_across_devices save_on_each_node log_level_replica log_on_each_node
-        """),
-        _ONE_PROCESS,
-    ),
+    "local_rank": "a launcher says it in LOCAL_RANK too",
+    "average_tokens_across_devices": "a step is always divided by the trained tokens of all processes",
+    "ddp_find_unused_parameters": "gradients are added after the last pass, whichever weights have one",
+    "ddp_static_graph": "gradients are added after the last pass, whatever the graph was",
+    "ddp_broadcast_buffers": "buffers do not change while a model trains",
+    "remove_unused_columns": "a batch holds what the model takes",
     "use_liger_kernel": "the head never holds tokens × vocabulary, whatever this says",
     "prediction_loss_only": "evaluation keeps sums, never predictions",
     "enable_jit_checkpoint": "SIGTERM always saves a checkpoint",
@@ -84,11 +87,11 @@ NOTHING_TO_CHANGE = {
 TRANSLATED = {
     **{old: f"the newer name of {new}" for old, new in CHECKPOINTING.items()},
     "use_cache": "means use_kv_cache; training never keeps keys and values",
+    "fp16": "computes in bfloat16 on a GPU and in float32 on the CPU, for now",
 }
 
 # name → (what is so, what to do); refused unless it is left at its default, or off.
 REFUSED: dict[str, tuple[str, str]] = {
-    "fp16": ("is not built yet", "use bf16: true, or neither for float32"),
     "fp16_full_eval": ("is not built yet", "evaluation computes as training does"),
     "bf16_full_eval": ("does nothing by itself", "with bf16: true evaluation is in bf16 already"),
     "logging_nan_inf_filter": ("would hide a loss that is not a number", "leave it out; such a step is told and named"),
@@ -98,14 +101,12 @@ REFUSED: dict[str, tuple[str, str]] = {
     "auto_find_batch_size": ("is not built yet", "lower per_device_train_batch_size"),
     "accelerator_config": ("has no Accelerator to configure", "leave it out"),
     "parallelism_config": ("is not built yet", "leave it out"),
-    "deepspeed": ("is not built yet", "leave it out; the run uses one device"),
-    "remove_unused_columns": ("has no columns to keep", "leave it out; a batch holds what the model takes"),
+    "save_on_each_node": ("is not built", "leave it out; give an output_dir that all machines share"),
     "neftune_noise_alpha": ("is not built yet", "leave it out"),
     "skip_memory_metrics": ("is not built", "leave it out"),
     "dataloader_multiprocessing_context": ("is not built", "leave it out; workers are started as torch does"),
     "dataloader_in_order": ("would let the order of rows depend on time", "leave it out"),
     "label_names": ("does nothing", "leave it out; labels are called labels"),
-    "train_sampling_strategy": ("is not built yet", "leave it at random; without padding nothing is won by grouping"),
     "length_column_name": ("is not built yet", "leave it out"),
     "debug": ("is not built", "leave it out; a loss that is not a number is traced to its module anyway"),
     "do_predict": ("is not built yet", "ask the tuned model with burnish chat"),
@@ -113,7 +114,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         words("torch_compile torch_compile_backend torch_compile_mode"), ("is not built yet", "leave it out")
     ),
-    **dict.fromkeys(words("fsdp fsdp_config"), ("is not built yet", "leave it out; the run uses one device")),
+    **dict.fromkeys(
+        words("fsdp fsdp_config"),
+        ("is not built yet", "deepspeed: examples/deepspeed/ds_z3_config.json divides a model among devices too"),
+    ),
     **dict.fromkeys(
         words("""
         predict_with_generate generation_max_length generation_num_beams generation_config
@@ -139,8 +143,8 @@ TRAINS = frozenset(
     words("""
     per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
     warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 tf32 seed data_seed
-    dataloader_drop_last load_best_model_at_end
+    gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 fp16 tf32 seed data_seed
+    dataloader_drop_last train_sampling_strategy load_best_model_at_end
     """)
 )
 # These change training only where the course of evaluation decides something.
@@ -153,7 +157,12 @@ def mirror() -> tuple[TransformersField, ...]:
     """The fields that a user can name: transformers' own with our defaults, then ours."""
     theirs = [field for field in transformers_fields() if field.name not in HIDDEN]
     named = [
-        dataclasses.replace(f, default=DEFAULTS.get(f.name, f.default), help=OUR_HELP.get(f.name, f.help))
+        dataclasses.replace(
+            f,
+            hint=HINTS.get(f.name, f.hint),
+            default=DEFAULTS.get(f.name, f.default),
+            help=OUR_HELP.get(f.name, f.help),
+        )
         for f in theirs
     ]
     return (*(_optional_where_none(f) for f in named), *OURS)

@@ -12,8 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 
-from burnish.data.loader import Collate, make_loader
+from burnish import ranks
+from burnish.data.loader import Collate, Share, make_loader
 from burnish.model.head import CausalLoss
+from burnish.train.distributed import Peers, stage_of
 
 
 class TrainerFrame:
@@ -49,9 +51,20 @@ class TrainerFrame:
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback, *reporters, *callbacks], self.model, processing_class, None, None
         )
+        self.peers = Peers()
+        self.is_divided = stage_of(args) > 0  # among the processes, by DeepSpeed
         self.control = TrainerControl()
-        self.state = TrainerState(stateful_callbacks=self.exportable())
+        self.state = self.new_state()
         self.tell("on_init_end")
+
+    def new_state(self) -> TrainerState:
+        return self.mine(TrainerState(stateful_callbacks=self.exportable()))
+
+    def mine(self, state: TrainerState) -> TrainerState:
+        """`state` as this process's own: callbacks ask it who writes and prints."""
+        state.is_world_process_zero = ranks.is_main()
+        state.is_local_process_zero = ranks.is_local_main()
+        return state
 
     def tell(self, event: str, **details: Any) -> None:
         """Let every callback know; what they answer is obeyed from here on."""
@@ -73,9 +86,16 @@ class TrainerFrame:
             args.per_device_train_batch_size,
             self.collate,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            strategy=args.train_sampling_strategy,
             drop_last=args.dataloader_drop_last,
+            share=self.share,
             options=self.loader_options(),
         )
+
+    @property
+    def share(self) -> Share:
+        """Which rows of a batch are this process's."""
+        return Share(self.peers.rank, self.peers.count)
 
     def loader_options(self) -> dict[str, Any]:
         args = self.args
@@ -88,7 +108,9 @@ class TrainerFrame:
 
     def get_eval_dataloader(self, eval_dataset: Any) -> Any:
         size, options = self.args.per_device_eval_batch_size, self.loader_options()
-        return make_loader(eval_dataset, size, self.collate, seed=0, shuffle=False, options=options)
+        return make_loader(
+            eval_dataset, size, self.collate, seed=0, strategy="sequential", share=self.share, options=options
+        )
 
     def log(self, logs: dict[str, float]) -> None:
         if self.state.epoch is not None:

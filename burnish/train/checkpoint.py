@@ -4,6 +4,8 @@
     model*.safetensors | adapter_model.safetensors + adapter_config.json, tokenizer, chat template
     optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json  training_args.bin  burnish.yaml
     masters.safetensors   the float32 masters, where the model itself is bf16 (train/optimizer.py)
+    rng_state_R.pth       in the place of rng_state.pth, of process R of several
+    zero/                 in the place of optimizer.pt, every process's part under DeepSpeed
 A folder with that name is whole by construction: a run that is killed in the middle of writing leaves a name with a dot
 in front, which the next run removes.
 """
@@ -21,27 +23,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState
 
+from burnish import ranks
 from burnish.errors import Problem, UserError
+from burnish.model.patch import gathered
+from burnish.train.distributed import Peers
 
 if TYPE_CHECKING:
     from burnish.train.trainer import Trainer
 
 STATE_FILE = "trainer_state.json"
-MASTERS_FILE = "masters.safetensors"
+SCHEDULER_FILE = "scheduler.pt"  # there only where the checkpoint can be resumed
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
-def write_whole(output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a folder, put it on disk for good, and only then give it its name."""
+def write_whole(output_dir: Path, step: int, write: Callable[[Path], None], peers: Peers | None = None) -> Path:
+    """Let `write` fill a folder, put it on disk for good, and only then give it its name.
+
+    Every process writes its part; the main one makes the folder and names it.
+    """
     place = output_dir / f"checkpoint-{step}"
     partial = output_dir / f".checkpoint-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    peers = peers or Peers()
+    peers.from_main(lambda: _make_anew(partial))
     write(partial)
+    peers.wait()
+    peers.from_main(lambda: _name(partial, place))
+    return place
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _name(partial: Path, place: Path) -> None:
     for file in partial.rglob("*"):
         if file.is_file():
             _flush_to_disk(file)
@@ -49,8 +67,7 @@ def write_whole(output_dir: Path, step: int, write: Callable[[Path], None]) -> P
     if place.exists():  # the same step again, after a resume: the old one goes only now
         shutil.rmtree(place)
     os.rename(partial, place)
-    _flush_to_disk(output_dir)
-    return place
+    _flush_to_disk(place.parent)
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -130,19 +147,50 @@ def clear_partial(output_dir: Path) -> None:
 
 
 def save_weights(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """The model as it would be published: all of it, or its adapter alone; with tokenizer and chat template."""
+    """The model as it would be published: all of it, or its adapter alone; with tokenizer and chat template.
+
+    Every process calls it (a divided model is gathered by all), the main one writes.
+    """
+    divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    state = _gathered_state(model) if divided else None
+    if not ranks.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     # An adapter's file holds what was trained: peft would else look the base up on the hub to see if embeddings grew.
     only_adapter = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, **only_adapter)  # type: ignore[operator]
+    model.save_pretrained(folder, state_dict=state, **only_adapter)  # type: ignore[operator]
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors >= 0.8 makes them readable by their owner alone
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
+def _gathered_state(model: nn.Module) -> dict[str, Tensor]:
+    """What `save_pretrained` needs of a model divided by ZeRO-3, on the CPU of the main process; {} elsewhere.
+
+    Gathered one tensor after the other: no process ever holds the whole model on its device. Of a model with an adapter
+    only what was trained.
+    """
+    only_trained = isinstance(model, PeftModel)
+    copies: dict[int, Tensor] = {}  # a matrix that embedding and head share stays one
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if only_trained and not tensor.requires_grad:
+            continue
+        if id(tensor) not in copies:
+            with gathered([tensor]):
+                copies[id(tensor)] = tensor.detach().cpu().clone() if ranks.is_main() else tensor.detach()
+        state[name] = copies[id(tensor)]
+    return state
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put a checkpoint's weights into `model`, whose shape and adapters they have."""
+    with gathered(model.parameters(), to_change=True):
+        _load_whole(model, folder)
+
+
+def _load_whole(model: nn.Module, folder: Path) -> None:
     if isinstance(model, PeftModel):
         weights = load_peft_weights(str(folder), device="cpu")
         set_peft_model_state_dict(model, weights, adapter_name=str(model.active_adapter))
@@ -159,51 +207,59 @@ def save(trainer: Trainer, *, to_go_on: bool = False) -> Path:
     """
     step = trainer.state.global_step
     place = trainer.output_dir / f"checkpoint-{step}"
-    if trainer.last_saved_step == step and (not to_go_on or (place / "optimizer.pt").is_file()):
+    if trainer.last_saved_step == step and (not to_go_on or (place / SCHEDULER_FILE).is_file()):
         return place
     if trainer.state.best_global_step:
         best = trainer.output_dir / f"checkpoint-{trainer.state.best_global_step}"
         if best == place or best.exists():
             trainer.state.best_model_checkpoint = str(best)
     trainer.state.stateful_callbacks = TrainerState(stateful_callbacks=trainer.exportable()).stateful_callbacks
-    write_whole(trainer.output_dir, step, lambda folder: _write(trainer, folder, to_go_on))
+    write_whole(trainer.output_dir, step, lambda folder: _write(trainer, folder, to_go_on), trainer.peers)
     trainer.last_saved_step = step
-    rotate(trainer.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+    if ranks.is_main():
+        rotate(trainer.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
     return place
 
 
 def _write(trainer: Trainer, folder: Path, to_go_on: bool) -> None:
     trainer.save_model(folder)
-    torch.save(trainer.args, folder / "training_args.bin")
-    trainer.state.save_to_json(str(folder / STATE_FILE))
-    if trainer.args.save_only_model and not to_go_on:
+    to_resume = to_go_on or not trainer.args.save_only_model
+    if ranks.is_main():
+        torch.save(trainer.args, folder / "training_args.bin")
+        trainer.state.save_to_json(str(folder / STATE_FILE))
+        if to_resume:
+            torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
+    if not to_resume:
         return
-    torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
-    torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
-    masters = trainer.masters.state_dict()
-    if masters:
-        save_file(masters, folder / MASTERS_FILE)
+    if ranks.is_main() or trainer.is_divided:
+        trainer.update.save(folder)
     loop = {
         "loss_since_log": trainer.loss_since_log.item(),
         "total_loss": trainer.total_loss,
         "last_logged_step": trainer.last_logged_step,
     }
-    torch.save({**rng_state(), "loop": loop}, folder / "rng_state.pth")
+    torch.save({**rng_state(), "loop": loop}, folder / _rng_file(trainer.peers))
+
+
+def _rng_file(peers: Peers) -> str:
+    return "rng_state.pth" if peers.count == 1 else f"rng_state_{peers.rank}.pth"
 
 
 def load_state(trainer: Trainer, folder: Path) -> None:
     """Everything but the weights, which `load_weights` has put into the model before the optimizer was made."""
-    if not (folder / "optimizer.pt").is_file():
+    if not (folder / SCHEDULER_FILE).is_file():
         remedy = "it cannot be resumed; start from it with --model_name_or_path or --adapter_name_or_path"
         raise UserError(Problem(str(folder), "", None, "holds weights only (save_only_model)", remedy))
-    trainer.state = TrainerState.load_from_json(str(folder / STATE_FILE))
+    if not (folder / _rng_file(trainer.peers)).is_file():
+        processes = len(list(folder.glob("rng_state*.pth")))
+        message = f"was written by {processes} processes and cannot be resumed by {trainer.peers.count}"
+        raise UserError(Problem(str(folder), "", None, message, "start as many, or begin anew from it as a model"))
+    trainer.state = trainer.mine(TrainerState.load_from_json(str(folder / STATE_FILE)))
     best = trainer.state.best_model_checkpoint
     if best is not None and not Path(best).is_dir():
         trainer.state.best_model_checkpoint = None
-    if (folder / MASTERS_FILE).is_file():
-        trainer.masters.load_state_dict(load_file(folder / MASTERS_FILE, device=str(trainer.device)))
     _load_optimizer(trainer, folder)
-    rng = torch.load(folder / "rng_state.pth", map_location="cpu")
+    rng = torch.load(folder / _rng_file(trainer.peers), map_location="cpu")
     restore_rng(rng)
     trainer.loss_since_log.fill_(rng["loop"]["loss_since_log"])
     trainer.total_loss = rng["loop"]["total_loss"]
@@ -218,8 +274,8 @@ def _load_optimizer(trainer: Trainer, folder: Path) -> None:
     A run that is simply resumed has the same, bit for bit. One that resumes with another learning rate gets it.
     """
     asked = [(group["initial_lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups]
-    trainer.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=trainer.device))
-    trainer.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", map_location="cpu"))
+    trainer.update.load(folder)
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, map_location="cpu"))
     for number, (group, (rate, decay)) in enumerate(zip(trainer.optimizer.param_groups, asked, strict=True)):
         group["weight_decay"] = decay
         if group["initial_lr"] != rate:

@@ -5,6 +5,7 @@ transformers' class raises some of them too, but one at a time and late.
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,7 @@ def problems(settings: Settings) -> list[Problem]:
     if settings.value("gradient_checkpointing_kwargs") and not (settings.value("gradient_checkpointing") or translated):
         remedy = "set gradient_checkpointing: true"
         found.append(settings.problem("gradient_checkpointing_kwargs", "does nothing by itself", remedy))
-    return found + _loading(settings) + _reporting(settings)
+    return found + _precision(settings) + _loading(settings) + _processes(settings) + _reporting(settings)
 
 
 def _ranges(settings: Settings) -> list[Problem]:
@@ -74,6 +75,8 @@ def _ranges(settings: Settings) -> list[Problem]:
         label_smoothing_factor=share,
         eval_delay=not_negative,
         save_total_limit=at_least_1,
+        ddp_timeout=(lambda v: v >= 1, "is not at least 1", "give a number of seconds"),
+        ddp_bucket_cap_mb=at_least_1,
         dataloader_num_workers=not_negative,
         seed=not_negative,
         data_seed=not_negative,
@@ -82,6 +85,42 @@ def _ranges(settings: Settings) -> list[Problem]:
         if settings.value(f"{name}_strategy") == "steps":
             found += settings.out_of_range(**{f"{name}_steps": steps})
     return found
+
+
+def _precision(settings: Settings) -> list[Problem]:
+    if settings.value("fp16") and settings.value("bf16"):
+        return [settings.problem("fp16", "and bf16 exclude each other", "leave one of them out")]
+    return []
+
+
+def _processes(settings: Settings) -> list[Problem]:
+    """Several processes, or a model that DeepSpeed divides among them."""
+    found = _deepspeed(settings)
+    if settings.value("ddp_backend") not in (None, "nccl", "gloo"):
+        found.append(settings.problem("ddp_backend", "is of a device that burnish does not train on", "leave it out"))
+    return found
+
+
+def _deepspeed(settings: Settings) -> list[Problem]:
+    """A file that is none. Numbers in it that contradict other settings are found by transformers, later."""
+    config = settings.value("deepspeed")
+    if not config:
+        return []
+    if isinstance(config, str):
+        path = Path(config).expanduser()
+        if not path.is_file():
+            remedy = f"looked for the file {path.absolute()}; examples/deepspeed holds some"
+            return [settings.problem("deepspeed", "is not there", remedy)]
+        try:
+            config = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            return [settings.problem("deepspeed", "is not JSON", f"correct it: {error}")]
+        if not isinstance(config, dict):
+            return [settings.problem("deepspeed", "is not an object of settings", 'write {"zero_optimization": …}')]
+    if find_spec("deepspeed") is None:
+        remedy = "pip install 'burnish[deepspeed]'"
+        return [settings.problem("deepspeed", "needs the package deepspeed, which is not here", remedy)]
+    return []
 
 
 def _optimizer(settings: Settings) -> list[Problem]:
@@ -183,6 +222,13 @@ def _reporting(settings: Settings) -> list[Problem]:
 
 def _loading(settings: Settings) -> list[Problem]:
     found = []
+    strategy = settings.value("train_sampling_strategy")
+    if strategy == "batch_rebalance":
+        remedy = "choose random, sequential or group_by_length"
+        found.append(settings.problem("train_sampling_strategy", "is not built", remedy))
+    elif strategy != "random" and settings.value("streaming"):
+        remedy = "leave it out; a stream is shuffled within buffer_size rows"
+        found.append(settings.problem("train_sampling_strategy", "needs all rows at hand, not a stream", remedy))
     checkpoint = settings.value("resume_from_checkpoint")
     if checkpoint and checkpoint.lower() not in ("true", "yes", "1") and not Path(checkpoint).expanduser().is_dir():
         remedy = "give a checkpoint-N folder, true for the newest in output_dir, or leave it out"

@@ -36,7 +36,10 @@ class Evaluation(TrainerFrame):
         return metrics
 
     def evaluation_loop(self, dataloader: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Sums on the device over all batches; nothing of a batch is kept, so memory does not grow with the set."""
+        """Sums on the device over all batches; nothing of a batch is kept, so memory does not grow with the set.
+
+        Each process measures its share of every batch; what is given is of the whole set, in each of them.
+        """
         self.callback_handler.eval_dataloader = dataloader
         training = self.objective.training
         self.objective.eval()
@@ -51,10 +54,11 @@ class Evaluation(TrainerFrame):
             num_trained += batch.num_trained
             self.tell("on_prediction_step")
         self.objective.train(training)
-        mean = loss.item() / max(num_trained, 1)
+        (num_trained,) = self.peers.sums([num_trained])
+        mean = self.peers.add(loss).item() / max(num_trained, 1)
         metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_perplexity": math.exp(min(mean, 700.0))}
         if self.count_correct:
-            metrics[f"{metric_key_prefix}_accuracy"] = correct.item() / max(num_trained, 1)
+            metrics[f"{metric_key_prefix}_accuracy"] = self.peers.add(correct).item() / max(num_trained, 1)
         return metrics
 
     @torch.no_grad()

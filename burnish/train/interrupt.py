@@ -9,6 +9,8 @@ from typing import Any
 
 from burnish.console import warn
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
 
 class Interrupt:
     """Within the block a first SIGTERM or Ctrl-C is only noted (`signal`); a second one acts as it always does."""
@@ -19,7 +21,7 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # handlers can only be set there
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in STOPPING:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -20,7 +20,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerState
 
-from burnish import console
+from burnish import console, ranks
 
 LOG_FILE = "trainer_log.jsonl"
 SPEED = ("_runtime", "_per_second")  # ends of names that tell of the machine and not of the model
@@ -213,6 +213,8 @@ class ProgressCallback(TrainerCallback):
 
 def save_metrics(output_dir: str | os.PathLike[str], split: str, metrics: Mapping[str, Any]) -> None:
     """`<split>_results.json`, and the same numbers added to those of the other splits in all_results.json."""
+    if not ranks.is_main():
+        return
     folder = Path(output_dir)
     _write_whole(folder / f"{split}_results.json", _json_file(metrics))
     together = folder / "all_results.json"

@@ -37,8 +37,9 @@ class FiniteGuard:
         self._records: list[StepRecord] = []
 
     def check(self, record: StepRecord, *values: Tensor) -> Tensor:
-        """Note one step; → whether its update must be left out (a bool on the device)."""
-        self._records.append(record)
+        """Note one step, perhaps again; → whether its update must be left out (a bool on the device)."""
+        if not self._records or self._records[-1] is not record:
+            self._records.append(record)
         finite = torch.stack([torch.isfinite(value) for value in values]).all()
         self._first_bad = torch.where(finite | self.bad, self._first_bad, record.step)
         self.bad = self.bad | ~finite

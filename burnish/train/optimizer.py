@@ -13,12 +13,21 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from burnish.errors import Problem, UserError
+from burnish.model.head import CausalLoss
+from burnish.model.patch import shape_of
+from burnish.train.distributed import Peers, add_gradients
+from burnish.types import Batch
+
+MASTERS_FILE = "masters.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
 
 # name → (where it comes from, class, fixed keywords). transformers' names; each takes the adam_* settings that it has.
 OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -90,7 +99,73 @@ def _give_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     return move
 
 
-def create_optimizer(args: Any, masters: Masters, *, loraplus_lr_ratio: float | None = None) -> torch.optim.Optimizer:
+class Outcome(NamedTuple):
+    """What became of an update."""
+
+    updated: bool  # False where it is known that nothing was moved
+    must_not: Tensor  # bool on the device: something was not finite, and nothing was moved
+    norm: Tensor  # of the gradients before clipping
+
+
+class LocalUpdate:
+    """How the weights of an optimizer step move where each process holds all of them.
+
+    A step: `forward` and `backward` of each pass, `gather_gradients`, `step`, `zero_grad`.
+    """
+
+    def __init__(self, objective: CausalLoss, args: Any, peers: Peers, *, loraplus_lr_ratio: float | None = None):
+        self.objective, self.peers = objective, peers
+        self.bucket_mib = args.ddp_bucket_cap_mb
+        self.masters = Masters(objective.model)
+        self.weights = self.masters.by_name
+        self.optimizer = create_optimizer(args, self.weights, loraplus_lr_ratio=loraplus_lr_ratio)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.objective(batch).loss
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def gather_gradients(self, max_norm: float) -> None:
+        """The gradients of all processes added up, and their norm limited to `max_norm` (0: not limited)."""
+        add_gradients(list(self.weights.values()), self.peers, self.bucket_mib)
+        moving = [weight for weight in self.weights.values() if weight.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm([weight.grad for weight in moving if weight.grad is not None])
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(moving, max_norm, self._norm)
+
+    def step(self, check: Callable[..., Tensor], loss: Tensor) -> Outcome:
+        """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
+        must_not = check(loss, self._norm)
+        updated = True
+        if loss.is_cuda and self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = must_not.float()  # type: ignore[attr-defined]
+        else:
+            updated = not must_not.item()
+        if updated:
+            self.optimizer.step()
+            self.masters.publish()
+        return Outcome(updated, must_not, self._norm)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, folder: Path) -> None:
+        """optimizer.pt, and the float32 masters where the model's own file does not hold them."""
+        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_FILE)
+        if masters := self.masters.state_dict():
+            save_file(masters, folder / MASTERS_FILE)
+
+    def load(self, folder: Path) -> None:
+        device = next(iter(self.weights.values())).device
+        if (folder / MASTERS_FILE).is_file():
+            self.masters.load_state_dict(load_file(folder / MASTERS_FILE, device=str(device)))
+        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location=device))
+
+
+def create_optimizer(
+    args: Any, weights: dict[str, nn.Parameter], *, loraplus_lr_ratio: float | None = None
+) -> torch.optim.Optimizer:
     """The optimizer that `args.optim` names, over groups with and without weight decay.
 
     Weights with fewer than two dimensions (norms, biases) are not decayed. `loraplus_lr_ratio`: the B of every LoRA
@@ -111,7 +186,7 @@ def create_optimizer(args: Any, masters: Masters, *, loraplus_lr_ratio: float | 
     if class_name == "AdamW":
         settings["eps"] = args.adam_epsilon
     settings |= _optim_args(args.optim_args)
-    groups = _groups(masters.by_name, args.weight_decay, args.learning_rate, loraplus_lr_ratio)
+    groups = _groups(weights, args.weight_decay, args.learning_rate, loraplus_lr_ratio)
     try:
         return optimizer_class(groups, **settings)
     except (TypeError, ValueError) as error:
@@ -124,7 +199,7 @@ def _groups(
 ) -> list[dict[str, Any]]:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, weight in weights.items():
-        decayed = weight.dim() >= 2
+        decayed = len(shape_of(weight)) >= 2
         faster = loraplus_lr_ratio is not None and ("lora_B" in name or "lora_embedding_B" in name)
         groups.setdefault((decayed, faster), []).append(weight)
     return [

@@ -5,28 +5,34 @@ the methods, `checkpoint-N/`), so callbacks and integrations written for transfo
 the same order. What differs is the arithmetic: the loss of a step is the sum over its trained tokens divided once by
 their number, known before the first forward, so cutting a step into passes cannot change it.
 
-Left out: distribution over processes (`train/distributed.py` wraps the model) and the making of data sets.
+Several processes run the same loop over their shares of the rows; what they tell each other goes through `self.peers`
+(train/distributed.py). How weights move, here or divided by DeepSpeed, is `self.update` (optimizer.py, deepspeed.py).
+Left out: the making of data sets.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerState, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
+from burnish import ranks
 from burnish.data.loader import order_of
 from burnish.errors import Problem, RunStopped, UserError
 from burnish.model.head import unwrap
+from burnish.model.patch import size_of
 from burnish.train import checkpoint
 from burnish.train.evaluate import Evaluation
-from burnish.train.interrupt import Interrupt
+from burnish.train.interrupt import STOPPING, Interrupt
 from burnish.train.nonfinite import FiniteGuard, StepRecord, diagnose
-from burnish.train.optimizer import Masters, create_optimizer, create_scheduler, current_learning_rate, steps_on_metric
+from burnish.train.optimizer import LocalUpdate, create_scheduler, current_learning_rate, steps_on_metric
 from burnish.train.steps import Steps, count_steps
 from burnish.types import Batch
 
@@ -60,10 +66,10 @@ class Trainer(Evaluation):
         self.train_dataloader = self.get_train_dataloader()
         streamed = not hasattr(self.train_dataset, "__len__")
         self.steps: Steps = count_steps(self.args, None if streamed else len(self.train_dataloader))
-        if resume is not None:
+        if resume is not None and not self.is_divided:
             checkpoint.load_weights(self.model, resume)
-        self.masters = Masters(self.model)
-        self.optimizer = create_optimizer(self.args, self.masters, loraplus_lr_ratio=self.loraplus_lr_ratio)
+        self.update = self._make_update()
+        self.optimizer = self.update.optimizer
         self.lr_scheduler = create_scheduler(self.args, self.optimizer, self.steps.total)
         self.guard = FiniteGuard(self.device)
         self.loss_since_log = torch.zeros((), device=self.device)  # mean losses of the steps since then, added up
@@ -73,7 +79,7 @@ class Trainer(Evaluation):
         self._grad_norm: Tensor | None = None
         self._learning_rate = current_learning_rate(self.optimizer)
         self._flops_per_token = 6 * _count_non_embedding(self.model)
-        self.state = TrainerState(stateful_callbacks=self.exportable())
+        self.state = self.new_state()
         if resume is not None:
             checkpoint.load_state(self, resume)
         self.state.train_batch_size = self.args.per_device_train_batch_size
@@ -81,6 +87,15 @@ class Trainer(Evaluation):
         self.state.compute_steps(self.args, self.steps.total)
         for name in ("model", "optimizer", "lr_scheduler", "train_dataloader"):
             setattr(self.callback_handler, name, getattr(self, name))
+
+    def _make_update(self) -> Any:
+        if not self.is_divided:
+            return LocalUpdate(self.objective, self.args, self.peers, loraplus_lr_ratio=self.loraplus_lr_ratio)
+        from burnish.train.deepspeed import ZeroUpdate
+
+        return ZeroUpdate(
+            self.objective, self.args, max_steps=self.steps.total, loraplus_lr_ratio=self.loraplus_lr_ratio
+        )
 
     def _run_epoch(self, epoch: int, steps_done: int) -> None:
         self.tell("on_epoch_begin")
@@ -99,34 +114,34 @@ class Trainer(Evaluation):
         """Passes forward and backward over `batches`, then one update of the weights."""
         if not batches:
             raise UserError(Problem("--dataset", "dataset", None, "gave no sample that can be trained"))
-        # 1. The whole step's count first: every pass is divided by the same number.
-        num_trained = max(sum(batch.num_trained for batch in batches), 1)
+        # 1. The whole step's count first: every pass, in every process, is divided by the same number.
+        counts = [sum(batch.num_trained for batch in batches), *(batch.num_tokens for batch in batches)]
+        num_trained, *num_tokens = self.peers.sums(counts)
         before = StepRecord(self.state.global_step + 1, self.state.epoch, self.lr_scheduler.state_dict(), batches)
         step_loss = torch.zeros((), device=self.device)
 
         # 2. Passes: gradients add up.
         self.tell("on_step_begin")
-        for number, batch in enumerate(batches, start=1):
-            step_loss += self.training_step(batch, num_trained)
-            self.state.num_input_tokens_seen += batch.num_tokens
-            self.state.total_flos += self._flops_per_token * batch.num_tokens
+        for number, (batch, tokens) in enumerate(zip(batches, num_tokens, strict=True), start=1):
+            step_loss += self.training_step(batch, max(num_trained, 1), last=number == len(batches))
+            self.state.num_input_tokens_seen += tokens
+            self.state.total_flos += self._flops_per_token * tokens
             if number < len(batches):
                 self.tell("on_substep_end")
                 if self.control.should_epoch_stop or self.control.should_training_stop:
-                    self.optimizer.zero_grad(set_to_none=True)
+                    self.update.zero_grad()
                     return
 
         # 3. The update, left out where something is not finite.
-        self._grad_norm = self._clip_gradients()
-        must_not = self.guard.check(before, step_loss, self._grad_norm)
+        self.peers.add(step_loss)
+        self.update.gather_gradients(self.args.max_grad_norm)
         self.tell("on_pre_optimizer_step")
-        updated = self._update_unless(must_not)
-        self.masters.publish()
+        updated, must_not, self._grad_norm = self.update.step(partial(self.guard.check, before), step_loss)
         self.tell("on_optimizer_step")
         self._learning_rate = current_learning_rate(self.optimizer)
         if updated and not steps_on_metric(self.lr_scheduler):
             self.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update.zero_grad()
 
         # 4. What callbacks, logs and people see.
         self.loss_since_log += step_loss.masked_fill(must_not, 0.0)  # a checkpoint of before a bad step keeps this sum
@@ -138,27 +153,11 @@ class Trainer(Evaluation):
         self._maybe_log_save_evaluate()
         self._stop_if_asked_to()
 
-    def training_step(self, batch: Batch, num_trained: int) -> Tensor:
+    def training_step(self, batch: Batch, num_trained: int, *, last: bool = True) -> Tensor:
         """Forward and backward of one pass; → its share of the step's mean loss, a scalar on the device."""
-        loss = self.objective(batch.to(self.device)).loss / num_trained
-        loss.backward()
+        loss = self.update.forward(batch.to(self.device)) / num_trained
+        self.update.backward(loss, last=last)
         return loss.detach()
-
-    def _clip_gradients(self) -> Tensor:
-        weights = [weight for weight in self.masters.by_name.values() if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        if self.args.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, norm)
-        return norm
-
-    def _update_unless(self, must_not: Tensor) -> bool:
-        """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
-        if self.device.type == "cuda" and self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = must_not.float()  # type: ignore[attr-defined]
-        elif must_not.item():
-            return False
-        self.optimizer.step()
-        return True
 
     # ---- log, evaluate, save, stop ---------------------------------------------------------------------------------
 
@@ -191,7 +190,7 @@ class Trainer(Evaluation):
         record = self.guard.first_bad()
         if record is None:
             return
-        details = diagnose(self.model, record, lambda batch: self.objective(batch).loss, self.device)
+        details = "\n".join(filter(None, self.peers.gather(self._describe_fault(record))))
         self.state.global_step, self.state.epoch = record.step - 1, record.epoch
         self.lr_scheduler.load_state_dict(record.scheduler)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -203,20 +202,29 @@ class Trainer(Evaluation):
             status=1,
         )
 
+    def _describe_fault(self, record: StepRecord) -> str:
+        if self.is_divided:  # a module's hooks would wait for peers that have other rows
+            return f"  one of rows {', '.join(place for batch in record.batches for place in batch.places)}"
+        return diagnose(self.model, record, lambda batch: self.objective(batch).loss, self.device)
+
     def _stop_if_asked_to(self) -> None:
-        if self.interrupt.signal is None:
+        """A signal that any of the processes got stops all of them after the same step."""
+        got = self.peers.sums([self.interrupt.signal == each for each in STOPPING])
+        name = next((each for each, count in zip(STOPPING, got, strict=True) if count), None)
+        if name is None:
             return
         place = checkpoint.save(self, to_go_on=True)
         raise RunStopped(
-            f"stopped by {self.interrupt.signal.name} after step {self.state.global_step} of {self.state.max_steps}. "
+            f"stopped by {name.name} after step {self.state.global_step} of {self.state.max_steps}. "
             f"{place} is whole: the same command goes on from there (one that has overwrite_output_dir or "
             f"resume_from_checkpoint in it needs resume_from_checkpoint={place}).",
-            status=128 + self.interrupt.signal.value,
+            status=128 + name.value,
         )
 
     def _finish(self, started: float, first_step: int, first_tokens: int) -> TrainOutput:
         steps = self.state.global_step - first_step
-        samples = steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.per_device_train_batch_size * self.peers.count
+        samples = steps * batch * self.args.gradient_accumulation_steps
         tokens = self.state.num_input_tokens_seen - first_tokens
         metrics = speed_metrics("train", started, num_samples=samples, num_steps=steps, num_tokens=tokens)
         self.total_loss += self.loss_since_log.item()
@@ -225,18 +233,20 @@ class Trainer(Evaluation):
         self.log(metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
+        self.peers.wait()
         self.tell("on_train_end")
         return TrainOutput(self.state.global_step, train_loss, metrics)
 
     def save_model(self, folder: Path | None = None) -> None:
-        """The model as it would be published (or its adapter alone), with its tokenizer."""
+        """The model as it would be published (or its adapter alone), with its tokenizer. Every process calls it."""
         folder = folder or self.output_dir
         checkpoint.save_weights(self.model, self.processing_class, folder)
-        if self.beside_weights is not None:
+        if self.beside_weights is not None and ranks.is_main():
             self.beside_weights(folder)
+        self.peers.wait()
 
 
 def _count_non_embedding(model: nn.Module) -> int:
     """Weights that multiply every token: all but the embedding (which also serves as the head where they are tied)."""
     embedding = unwrap(model).get_input_embeddings().weight
-    return sum(weight.numel() for weight in model.parameters() if weight is not embedding)
+    return sum(size_of(weight) for weight in model.parameters() if weight is not embedding)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments
 
+from burnish import console
+from burnish.environment import cpu_multiplies_bf16
 from burnish.errors import Problem, UserError
 from burnish.train.arguments import CHECKPOINTING, mirror
 
@@ -31,6 +33,15 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         elif accelerator.type != "cuda" and not self.use_cpu:
             message = "is a device that burnish does not train on"
             raise UserError(Problem("this machine", accelerator.type, None, message, "set use_cpu: true"))
+        on_cpu = self.use_cpu or accelerator is None
+        if self.fp16:
+            self.fp16 = False
+            self.bf16 = not on_cpu
+            instead = "float32" if on_cpu else "bf16, which has the range of float32 and needs no scaling of the loss"
+            console.warn(f"fp16 is not used: computing in {instead}")
+        if self.bf16 and on_cpu and not cpu_multiplies_bf16():
+            self.bf16 = False
+            console.warn("this CPU has no bf16 instructions and would emulate them far slower: computing in float32")
         super().__post_init__()
 
     @property

@@ -79,7 +79,7 @@ def test_the_last_batch_may_be_smaller_or_dropped(drop_last, sizes):
 
 
 def test_without_shuffling_rows_come_as_they_stand():
-    assert list(EpochOrder(5, 2, seed=42, shuffle=False)) == [[0, 1], [2, 3], [4]]
+    assert list(EpochOrder(5, 2, seed=42, strategy="sequential")) == [[0, 1], [2, 3], [4]]
 
 
 # ---- samples laid end to end -----------------------------------------------------------------------------------------

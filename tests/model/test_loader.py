@@ -10,17 +10,13 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, 
 
 from burnish.errors import UserError
 from burnish.model.arguments import ModelArguments
-from burnish.model.loader import check_positions, fit_vocabulary, load_model, parameter_table
+from burnish.model.loader import fit_vocabulary, load_model, parameter_table
 from burnish.model.tokenizer import load_tokenizer
 
 
-def load(
-    folder, *, trainable=False, dtype=torch.float32, attention="sdpa", tokenizer=None, max_length=None, **settings
-):
+def load(folder, *, trainable=False, dtype=torch.float32, tokenizer=None, **settings):
     args = ModelArguments(model_name_or_path=str(folder), **settings)
-    return load_model(
-        args, dtype=dtype, attention=attention, trainable=trainable, tokenizer=tokenizer, max_length=max_length
-    )
+    return load_model(args, dtype=dtype, trainable=trainable, tokenizer=tokenizer)
 
 
 def refusal(folder, **settings) -> str:
@@ -82,19 +78,12 @@ def test_training_leaves_the_published_setting_of_the_cache_in_what_it_saves(tmp
 
 
 @pytest.mark.parametrize(
-    ("flash_attn", "meaning_of_auto", "name"),
-    [
-        ("auto", "burnish", "burnish"),
-        ("fa2", "burnish", "burnish"),
-        ("fa3", "sdpa", "sdpa"),
-        ("sdpa", "burnish", "sdpa"),
-        ("disabled", "burnish", "eager"),
-        ("off", "burnish", "eager"),
-    ],
+    ("flash_attn", "name"),
+    [("auto", "sdpa"), ("fa2", "sdpa"), ("fa3", "sdpa"), ("sdpa", "sdpa"), ("disabled", "eager"), ("off", "eager")],
 )
-def test_flash_attn_names_the_attention(tmp_path, flash_attn, meaning_of_auto, name):
+def test_flash_attn_names_the_attention(tmp_path, flash_attn, name):
     save("llama", tmp_path)
-    assert load(tmp_path, flash_attn=flash_attn, attention=meaning_of_auto).config._attn_implementation == name
+    assert load(tmp_path, flash_attn=flash_attn).config._attn_implementation == name
 
 
 def test_the_folder_is_kept_as_a_path_that_holds_from_anywhere(tmp_path, monkeypatch):
@@ -254,68 +243,6 @@ def test_everything_wrong_with_a_folder_is_said_at_once(tmp_path):
     assert len(refusal(tmp_path).splitlines()) == 2
 
 
-# Positions
-
-
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
-def test_positions_are_stretched_as_far_as_the_longest_sample(tmp_path, kind):
-    save("llama", tmp_path)
-    model = load(tmp_path, rope_scaling=kind, max_length=3 * 2048 - 5)
-    assert model.config.rope_parameters["rope_type"] == kind
-    assert model.config.rope_parameters["factor"] == 3.0
-    assert model.config.rope_parameters["rope_theta"] == 10000.0
-    assert logits(model).isfinite().all()
-
-
-def test_linear_stretching_is_the_same_as_dividing_positions(tmp_path):
-    save("llama", tmp_path)
-    stretched = load(tmp_path, rope_scaling="linear", max_length=2 * 2048)
-    positions = torch.arange(ids().shape[1])[None]
-    with torch.no_grad():
-        halved = make("llama")(ids(), position_ids=positions / 2).logits
-    assert torch.allclose(logits(stretched), halved, atol=1e-5)
-
-
-def test_layers_with_a_sliding_window_keep_their_positions(tmp_path):
-    save("gemma3", tmp_path)
-    before = load(tmp_path).config.rope_parameters
-    after = load(tmp_path, rope_scaling="linear", max_length=10**6).config.rope_parameters
-    assert after["sliding_attention"] == before["sliding_attention"]
-    assert after["full_attention"]["rope_type"] == "linear"
-
-
-def test_stretching_what_is_long_enough_changes_nothing_and_says_so(tmp_path, capsys):
-    save("llama", tmp_path)
-    assert torch.equal(logits(load(tmp_path, rope_scaling="yarn", max_length=512)), logits(make("llama")))
-    assert "rope_scaling does nothing" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
-@pytest.mark.parametrize("max_length", [10**6, None])
-def test_a_stretched_model_saved_and_loaded_is_not_stretched_twice(tmp_path, family, kind, max_length):
-    save(family, tmp_path / "model")
-    stretched = load(tmp_path / "model", rope_scaling=kind, max_length=max_length)
-    stretched.save_pretrained(tmp_path / "saved")
-    again = load(tmp_path / "saved", rope_scaling=kind, max_length=max_length)
-    assert again.config.rope_parameters == stretched.config.rope_parameters
-    assert again.config.max_position_embeddings == stretched.config.max_position_embeddings
-    assert again.config.rope_parameters == stretched.config.rope_parameters
-    assert torch.equal(logits(again), logits(stretched))
-
-
-def test_a_model_without_rotary_positions_cannot_be_stretched(tmp_path):
-    save("gpt2", tmp_path)
-    assert "rope_scaling 'linear' needs rotary positions" in refusal(tmp_path, rope_scaling="linear")
-
-
-def test_a_model_with_a_scaling_of_its_own_keeps_it(tmp_path):
-    save("llama", tmp_path)
-    own = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    change_config(tmp_path, rope_parameters=own)
-    assert "its own scaling (linear, factor 2.0)" in refusal(tmp_path, rope_scaling="yarn", max_length=9999)
-
-
 # Vocabulary
 
 
@@ -402,23 +329,3 @@ def test_the_table_of_parameters_counts_a_shared_matrix_once():
     assert table.trainable == VOCABULARY * SHAPE["hidden_size"]
     assert str(table) == f"trainable parameters: {table.trainable:,} of {table.all:,} ({table.share:.2%})"
     assert table.all == sum(weight.numel() for name, weight in model.state_dict().items() if name != "lm_head.weight")
-
-
-def test_a_cutoff_beyond_the_models_positions_is_said_and_refused_where_there_are_none(capsys):
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
-
-    rotary = AutoModelForCausalLM.from_config(
-        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                    max_position_embeddings=64)
-    )  # fmt: skip
-    check_positions(rotary, 64, scaled=False)
-    check_positions(rotary, 128, scaled=True)
-    assert capsys.readouterr().err == ""
-    check_positions(rotary, 128, scaled=False)
-    assert "cutoff_len 128 is beyond the model's 64 positions" in capsys.readouterr().err
-
-    learned = AutoModelForCausalLM.from_config(
-        GPT2Config(vocab_size=32, n_positions=64, n_embd=16, n_layer=1, n_head=2)
-    )
-    with pytest.raises(UserError, match=r"cutoff_len 128 is more than the 64 positions.*set cutoff_len: 64"):
-        check_positions(learned, 128, scaled=False)

@@ -35,7 +35,7 @@ from transformers import (
 from burnish.data.loader import collate, make_collate
 from burnish.model.attention import ATTENTION_NAME
 from burnish.model.head import CausalLoss
-from burnish.model.probe import Path, choose_path, close
+from burnish.model.probe import ForwardPath, choose_path, close
 
 SHAPE = {
     "vocab_size": 211,
@@ -162,7 +162,7 @@ def test_a_model_keeps_its_mode_when_the_probe_itself_fails():
 def test_who_asks_for_another_attention_keeps_it_and_gets_padding():
     model = make("llama", attn_implementation="eager")
     path = choose_path(model, keep_padding="flash_attn: sdpa")
-    assert path == Path(False, True, ("flash_attn: sdpa",))
+    assert path == ForwardPath(False, True, ("flash_attn: sdpa",))
     assert model.config._attn_implementation == "eager"
 
 
@@ -174,7 +174,7 @@ def test_asked_again_a_model_answers_the_same():
 
 def test_adapters_do_not_change_the_path_but_one_on_the_head_does():
     body = get_peft_model(small_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    assert choose_path(body) == Path(True, True)
+    assert choose_path(body) == ForwardPath(True, True)
     headed = get_peft_model(small_model(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     path = choose_path(headed)
     assert path.padding_free and not path.fused_head
@@ -182,8 +182,8 @@ def test_adapters_do_not_change_the_path_but_one_on_the_head_does():
 
 
 def test_a_path_reads_as_a_sentence():
-    assert str(Path(True, True)) == "samples end to end, no padding; fused head"
-    assert str(Path(False, False, ("one", "two"))) == "padded batches; the model's own head and loss (one) (two)"
+    assert str(ForwardPath(True, True)) == "samples end to end, no padding; fused head"
+    assert str(ForwardPath(False, False, ("one", "two"))) == "padded batches; the model's own head and loss (one) (two)"
 
 
 def test_what_is_not_a_number_is_never_close():

@@ -26,7 +26,7 @@ from transformers import (
 from transformers import Trainer as TransformersTrainer
 
 from burnish.errors import UserError
-from burnish.train import checkpoint
+from burnish.train import checkpoint, optimizer
 
 WHOLE = {
     *("config.json", "generation_config.json", "model.safetensors", "training_args.bin", "trainer_state.json"),
@@ -171,7 +171,7 @@ def test_an_adapters_checkpoint_holds_the_adapter_alone(tmp_path):
     run.train()
     found = set(names(tmp_path / "checkpoint-4"))
     assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt"} <= found
-    assert "model.safetensors" not in found and checkpoint.MASTERS_FILE not in found
+    assert "model.safetensors" not in found and optimizer.MASTERS_FILE not in found
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_step_is_written_once_though_it_ends_an_epoch_too(tmp_path, monkeypatc
 
     written, real = [], checkpoint.write_whole
     monkeypatch.setattr(
-        checkpoint, "write_whole", lambda folder, step, write: written.append(step) or real(folder, step, write)
+        checkpoint, "write_whole", lambda folder, step, *how: written.append(step) or real(folder, step, *how)
     )
     run = saving(tmp_path, num_train_epochs=2)
     run.add_callback(SavesAtEpochs)
@@ -316,11 +316,11 @@ def test_a_bf16_runs_masters_are_saved_and_taken_up(tmp_path):
     run = prepared()
     run.train()
     place = tmp_path / "checkpoint-2"
-    assert checkpoint.MASTERS_FILE in names(place)
+    assert optimizer.MASTERS_FILE in names(place)
     again = prepared()
     again._prepare(place)
-    for name, master in run.masters.by_name.items():
-        assert torch.equal(again.masters.by_name[name], master)
+    for name, master in run.update.masters.by_name.items():
+        assert torch.equal(again.update.masters.by_name[name], master)
     assert not torch.equal(master, master.bfloat16().float())  # what the model itself does not hold
 
 

@@ -44,7 +44,7 @@ def settings(**changes):
 
 def problem_of(**changes):
     with pytest.raises(UserError) as caught:
-        create_optimizer(settings(**changes), Masters(OneWeight(1.0, torch.float32)))
+        create_optimizer(settings(**changes), Masters(OneWeight(1.0, torch.float32)).by_name)
     (problem,) = caught.value.problems
     return str(problem)
 
@@ -65,7 +65,7 @@ def test_small_updates_of_a_bf16_weight_are_not_lost():
     """1e-4 is far less than bf16's step near 1 (0.0078): added to the weight itself it would vanish every time."""
     model = OneWeight(1.0, torch.bfloat16)
     masters = Masters(model)
-    optimizer = create_optimizer(settings(optim="sgd", learning_rate=1e-4, weight_decay=0.0), masters)
+    optimizer = create_optimizer(settings(optim="sgd", learning_rate=1e-4, weight_decay=0.0), masters.by_name)
     assert (model.weight - 1e-4 * torch.ones_like(model.weight) == 1.0).all()
     for _ in range(200):
         model().backward()
@@ -117,7 +117,7 @@ def test_masters_are_saved_where_they_are_copies_and_published_when_they_are_loa
 def groups_of(model, **how):
     masters = Masters(model)
     names = {id(weight): name for name, weight in masters.by_name.items()}
-    optimizer = create_optimizer(settings(), masters, **how)
+    optimizer = create_optimizer(settings(), masters.by_name, **how)
     return {
         (group["weight_decay"], group["lr"]): {names[id(weight)] for weight in group["params"]}
         for group in optimizer.param_groups
@@ -145,15 +145,15 @@ def test_lora_plus_lets_b_learn_faster():
 
 def test_optim_args_become_the_optimizers_keywords():
     masters = Masters(OneWeight(1.0, torch.float32))
-    optimizer = create_optimizer(settings(optim="sgd", optim_args="momentum=0.9, nesterov=True"), masters)
+    optimizer = create_optimizer(settings(optim="sgd", optim_args="momentum=0.9, nesterov=True"), masters.by_name)
     assert optimizer.defaults["momentum"] == 0.9 and optimizer.defaults["nesterov"] is True
-    optimizer = create_optimizer(settings(optim="adafactor", optim_args="clip_threshold=2,beta1=0.5"), masters)
+    optimizer = create_optimizer(settings(optim="adafactor", optim_args="clip_threshold=2,beta1=0.5"), masters.by_name)
     assert optimizer.defaults["clip_threshold"] == 2 and optimizer.defaults["beta1"] == 0.5
 
 
 def test_adams_settings_reach_it():
     args = settings(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
-    optimizer = create_optimizer(args, Masters(OneWeight(1.0, torch.float32)))
+    optimizer = create_optimizer(args, Masters(OneWeight(1.0, torch.float32)).by_name)
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
 
 
@@ -253,9 +253,9 @@ def test_a_bf16_model_trains_on_updates_that_bf16_cannot_hold(tmp_path):
     high = trainer(full, arguments(tmp_path / "high", **changes), samples(4))
     high.train()
     name = "model.layers.0.mlp.up_proj.weight"
-    moved = high.masters.by_name[name] - start[name].float()
-    assert (low.masters.by_name[name] - high.masters.by_name[name]).norm() < 0.1 * moved.norm()
-    assert torch.equal(low.model.get_parameter(name), low.masters.by_name[name].bfloat16())
+    moved = high.update.masters.by_name[name] - start[name].float()
+    assert (low.update.masters.by_name[name] - high.update.masters.by_name[name]).norm() < 0.1 * moved.norm()
+    assert torch.equal(low.model.get_parameter(name), low.update.masters.by_name[name].bfloat16())
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def places_of(run, resume=None):
     """The rows of every pass of a run, in order."""
     seen = []
     real = run.training_step
-    run.training_step = lambda batch, num_trained: seen.append(batch.places) or real(batch, num_trained)
+    run.training_step = lambda batch, *count, **how: seen.append(batch.places) or real(batch, *count, **how)
     run.train(resume)
     return seen
 

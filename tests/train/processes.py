@@ -1,0 +1,76 @@
+"""What tests of several processes share: rows and a model as files, and real launchers that start real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import families
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def make_run(folder: Path, family: str = "qwen3", rows: int = 54, **model: Any) -> list[str]:
+    """A small model and rows of letters in `folder`; the words of a command that trains on them for six steps."""
+    families.save(family, folder / "model", **model)
+    families.save_tokenizer(folder / "model")
+    draw = random.Random(0)
+    with (folder / "rows.jsonl").open("w") as file:
+        for _ in range(rows):
+            question, answer = (" ".join(draw.choices(LETTERS, k=draw.randint(3, 20))) for _ in range(2))
+            file.write(json.dumps({"instruction": question, "output": answer}) + "\n")
+    return [
+        *("--stage", "sft", "--do_train", "--do_eval", "--val_size", "0.2", "--eval_strategy", "steps"),
+        *("--eval_steps", "3", "--dataset", str(folder / "rows.jsonl"), "--template", "default"),
+        *("--model_name_or_path", str(folder / "model"), "--max_steps", "6", "--logging_steps", "1"),
+        *("--learning_rate", "1e-2", "--save_strategy", "steps", "--save_steps", "3"),
+        *("--gradient_accumulation_steps", "2"),
+    ]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a process: two processes of two threads each on two cores would wait for each other."""
+    found = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found["PATH"]])
+    return found
+
+
+def start(processes: int, words: list[str]) -> subprocess.Popen[str]:
+    """`burnish train WORDS` in so many processes under torchrun; in this one's place where it is one."""
+    command = [sys.executable, "-m", "burnish", "train", *words]
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*torchrun, *command[1:]]
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def run(processes: int, words: list[str], status: int = 0) -> str:
+    process = start(processes, words)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == status, output
+    return output
+
+
+def losses(folder: Path) -> list[float]:
+    """Of training and evaluation, in the order in which they were logged."""
+    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    return [line["loss"] if "loss" in line else line["eval_loss"] for line in lines]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    (file,) = folder.glob("*model*.safetensors")
+    return load_file(file)
