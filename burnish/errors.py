@@ -34,6 +34,10 @@ class UserError(Exception):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """So that one process of a run can send it to the others."""
+        return UserError, (self.problems,)
+
 
 class RunStopped(Exception):
     """A run that ended early for a reason that is told in one message. `main()` prints it and exits with `status`."""
@@ -41,3 +45,6 @@ class RunStopped(Exception):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return RunStopped, (str(self), self.status)

@@ -15,7 +15,8 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from burnish import ranks
 from burnish.data.loader import Collate, Share, make_loader
 from burnish.model.head import CausalLoss
-from burnish.train.distributed import Peers, stage_of
+from burnish.train.distributed import stage_of
+from burnish.train.peers import Peers
 
 
 class TrainerFrame:

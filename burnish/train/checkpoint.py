@@ -29,7 +29,7 @@ from transformers import TrainerState
 from burnish import ranks
 from burnish.errors import Problem, UserError
 from burnish.model.patch import gathered
-from burnish.train.distributed import Peers
+from burnish.train.peers import Peers
 
 if TYPE_CHECKING:
     from burnish.train.trainer import Trainer

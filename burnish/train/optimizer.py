@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from burnish.errors import Problem, UserError
 from burnish.model.head import CausalLoss
 from burnish.model.patch import shape_of
-from burnish.train.distributed import Peers, add_gradients
+from burnish.train.peers import Peers, add_gradients
 from burnish.types import Batch
 
 MASTERS_FILE = "masters.safetensors"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from burnish import console
 from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
+from burnish.model.patch import size_of
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import text_modules
 from burnish.tuning.freeze import init_freeze
@@ -50,6 +51,6 @@ def _train_everything(model: PreTrainedModel) -> None:
     for parameter in (parameter for module in text for parameter in module.parameters(recurse=False)):
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    idle = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    idle = sum(size_of(parameter) for parameter in model.parameters() if not parameter.requires_grad)
     if idle:
         console.say(f"{idle:,} parameters that no text passes through are not trained")

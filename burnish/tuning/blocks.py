@@ -18,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from burnish.model.patch import shape_of
+
 LISTS = (nn.ModuleList, nn.ModuleDict)
 LINEAR = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their weights have three dimensions too
@@ -84,13 +86,13 @@ def _fused_experts(block: nn.Module) -> dict[str, nn.Parameter]:
         for path, module in block.named_modules()
         if not isinstance(module, CONVOLUTIONS)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
+        if len(shape_of(parameter)) == 3 and min(shape_of(parameter)) > 1 and parameter.is_floating_point()
     }
 
 
 def _routers(block: nn.Module) -> set[str]:
     """Linear layers with one output an expert (or one for the shared expert) that stand where the experts stand."""
-    counts = {path.rpartition(".")[0]: parameter.shape[0] for path, parameter in _fused_experts(block).items()}
+    counts = {path.rpartition(".")[0]: shape_of(parameter)[0] for path, parameter in _fused_experts(block).items()}
     counts |= {path: len(module) for path, module in block.named_modules() if isinstance(module, LISTS)}
     found = set()
     for experts, count in counts.items():

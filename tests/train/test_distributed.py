@@ -18,8 +18,8 @@ from torch import nn
 
 from burnish import ranks
 from burnish.errors import UserError
-from burnish.train import distributed
-from burnish.train.distributed import Peers, add_gradients
+from burnish.train import distributed, peers
+from burnish.train.peers import Peers, add_gradients
 
 ZERO_3 = str(ROOT / "examples" / "deepspeed" / "ds_z3_config.json")
 ZERO_2 = str(ROOT / "examples" / "deepspeed" / "ds_z2_config.json")
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_two_processes_is_not_gone_on_with_by_one(
 
 def test_gradients_travel_in_buckets_of_one_dtype() -> None:
     gradients = [torch.zeros(size) for size in (100, 200, 1000, 10)] + [torch.zeros(5, dtype=torch.bfloat16)]
-    sizes = [[gradient.numel() for gradient in bucket] for bucket in distributed._buckets(gradients, size=4 * 300)]
+    sizes = [[gradient.numel() for gradient in bucket] for bucket in peers._buckets(gradients, size=4 * 300)]
     assert sizes == [[100, 200], [1000], [10], [5]]
 
 
@@ -152,7 +152,7 @@ import sys
 import torch, torch.distributed as dist
 from torch import nn
 from burnish.errors import Problem, UserError
-from burnish.train.distributed import Peers, add_gradients
+from burnish.train.peers import Peers, add_gradients, part
 dist.init_process_group("gloo")
 peers = Peers()
 rank = peers.rank
@@ -173,7 +173,7 @@ try:
     raise SystemExit(1)
 except UserError as error:
     assert str(error) == "here: is wrong"
-dist.destroy_process_group()
+part()
 """
 
 
