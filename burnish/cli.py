@@ -23,6 +23,8 @@ burnish tunes open-weight language models and talks with them.
 
   burnish train CONFIG.yaml     tune a model on your data
   burnish chat CONFIG.yaml      talk with it, or with any model
+  burnish api CONFIG.yaml       serve it as the OpenAI API does
+  burnish export CONFIG.yaml    write model and adapters as one whole model
   burnish env                   versions and devices of this machine
   burnish version               which burnish this is
 
@@ -32,16 +34,13 @@ command line wins:
   burnish train run.yaml learning_rate=2e-4 --output_dir saves/second
   burnish train --model_name_or_path MODEL --dataset pairs.jsonl --output_dir O
 
-`burnish train --help` and `burnish chat --help` list every setting.
-A mistake is told with its place, its value and what to do, before anything is
-loaded.
+`burnish train --help`, and so for each command, lists every setting. A mistake
+is told with its place, its value and what to do, before anything is loaded.
 """
 
 NOT_BUILT = {
     "preview": "train prints the first sample as the model sees it",
     "plan": "start with per_device_train_batch_size: 1 and see what fits",
-    "export": "peft's merge_and_unload makes one model of base and adapter",
-    "api": "burnish chat talks with the model in the terminal",
 }
 
 
@@ -50,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        for problem in error.problems:
+        for problem in error.problems if ranks.is_local_main() else ():  # every process finds the same mistakes
             console.fail(str(problem))
         return 2
     except RunStopped as stopped:
-        console.fail(str(stopped))
+        if ranks.is_main():
+            console.fail(str(stopped))
         return stopped.status
     except KeyboardInterrupt:
         console.fail("interrupted")
@@ -88,13 +88,33 @@ def _no_command(word: str) -> Problem:
 def train(words: list[str]) -> None:
     if _asks_for_help("train", words):
         return
-    if ranks.world_size() > 1:
-        message = "processes were started, and one run is one process for now"
-        raise UserError(Problem("WORLD_SIZE", "", ranks.world_size(), message, "start `burnish train` by itself"))
     settings = _settings("train", words, [wrong_data_sets, wrong_template])
+    if not ranks.launched() and (devices := _devices(settings)):
+        ranks.launch(["train", *_args_file_beside_the_script(), *words], devices)
+    _tell_translated(settings)
     from burnish.workflow import run_train
 
     run_train(settings)
+
+
+def _args_file_beside_the_script() -> list[str]:
+    """What `src/train.args` says holds for the processes that are started in its place too."""
+    from burnish.arguments.command_line import args_file_of_script
+
+    path = args_file_of_script()
+    return ["--args_file", path] if path else []
+
+
+def _devices(settings: Settings) -> int:
+    """How many processes a run that was started by itself becomes: 0 where it stays one."""
+    if ranks.forced_launch():
+        return 1
+    if settings.value("use_cpu"):
+        return 0
+    import torch
+
+    count = torch.cuda.device_count()
+    return count if count > 1 else 0
 
 
 def chat(words: list[str]) -> None:
@@ -104,6 +124,24 @@ def chat(words: list[str]) -> None:
     from burnish.workflow import run_chat
 
     run_chat(settings)
+
+
+def api(words: list[str]) -> None:
+    if _asks_for_help("api", words):
+        return
+    settings = _settings("api", words, [wrong_template])
+    from burnish.workflow import run_api
+
+    run_api(settings)
+
+
+def export(words: list[str]) -> None:
+    if _asks_for_help("export", words):
+        return
+    settings = _settings("export", words, [wrong_template])
+    from burnish.workflow import run_export
+
+    run_export(settings)
 
 
 def env(words: list[str]) -> None:
@@ -121,18 +159,28 @@ def version(words: list[str]) -> None:
     console.say(f"burnish {version_of('burnish') or '(a checkout that is not installed)'}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": train, "chat": chat, "env": env, "version": version}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train, "chat": chat, "api": api, "export": export, "env": env, "version": version
+}  # fmt: skip
 
 
 def _settings(command: str, words: list[str], checks: Sequence[Callable[[Settings], list[Problem]]]) -> Settings:
-    """The checked settings; what old names and other tools' settings became is printed once."""
+    """The checked settings; what old names and other tools' settings became is printed once.
+
+    `train` prints it itself, when it is known which process trains.
+    """
     from burnish.arguments.parse import parse_command
 
     settings = parse_command(command, words, checks)
+    if command != "train":
+        _tell_translated(settings)
+    return settings
+
+
+def _tell_translated(settings: Settings) -> None:
     if settings.translated:
         rows = [(old, new or "-", note) for old, new, note in settings.translated]
         console.table(("given", "today", "what happens"), rows)
-    return settings
 
 
 def _asks_for_help(command: str, words: list[str]) -> bool:

@@ -13,7 +13,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-from burnish.arguments import legacy
+from burnish.arguments import legacy, refused
 from burnish.arguments.fields import Field, known_fields, rooms, standings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ def page() -> str:
             _table(("setting", "default", "what becomes of it", "why, or shown by"), rows),
         ]
     parts += [
-        "\n## Names of other years and other tools (burnish/arguments/legacy.py)\n",
+        "\n## Names of other years and other tools (burnish/arguments/legacy.py and refused.py)\n",
         _table(("given", "becomes", "why"), _old_names()),
     ]
     return "\n".join(parts)
@@ -80,12 +80,11 @@ def _old_names() -> list[tuple[str, ...]]:
     rows += [(f"`{name}: {old}`", f"`{name}: {new}`", "") for (name, old), new in legacy.VALUES.items()]
     rows += [(f"`{name}`", "accepted", note) for name, note in legacy.TOLD.items()]
     rows += [(f"`{name}: {value}`", "accepted", note) for name, (value, note, _) in legacy.TOLD_AT.items()]
-    rows += [(f"`{name}`", "accepted", "is for `burnish export`") for name in legacy.OF_EXPORT]
     by_reason: dict[str, list[str]] = {}
-    for name, (reason, remedy) in legacy.REFUSED.items():
+    for name, (reason, remedy) in refused.REFUSED.items():
         by_reason.setdefault(f"{reason}; {remedy}", []).append(f"`{name}`")
     rows += [(" ".join(names), "refused", reason) for reason, names in by_reason.items()]
-    rows += [(f"`{name}: {value}`", "refused", "; ".join(why)) for (name, value), why in legacy.REFUSED_VALUES.items()]
+    rows += [(f"`{name}: {value}`", "refused", "; ".join(why)) for (name, value), why in refused.REFUSED_VALUES.items()]
     return rows
 
 

@@ -75,6 +75,25 @@ def test_a_bare_flag_leaves_the_next_word_alone(base: dict[str, Any], tmp_path: 
     assert settings.value("seed") == 3 and not settings.model.use_fast_tokenizer and settings.value("tf32") is True
 
 
+def test_the_word_that_deepspeeds_launcher_puts_first_is_taken(base: dict[str, Any]) -> None:
+    words = [word for name, value in base.items() for word in (f"--{name}", value)]
+    assert train("--local_rank=3", *words, "--bf16").value("local_rank") == 3
+
+
+def test_deepspeeds_settings_are_a_file_or_the_json_itself(base: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert train(f"deepspeed={tmp_path / 'ds.json'}", **base).value("deepspeed") == str(tmp_path / "ds.json")
+    mapping = {"zero_optimization": {"stage": 2}}
+    yaml = write_yaml(tmp_path / "run.yaml", base, "deepspeed: {zero_optimization: {stage: 2}}")
+    for settings in (train("--deepspeed", json.dumps(mapping), **base), train(yaml)):
+        assert settings.value("deepspeed") == mapping
+        (tmp_path / "again.yaml").write_text(settings.as_yaml())
+        assert train(str(tmp_path / "again.yaml")).value("deepspeed") == mapping
+    (tmp_path / "ds.json").write_text("[1]")
+    (line,) = mistakes(f"deepspeed={tmp_path / 'ds.json'}", **base)
+    assert "is not an object of settings" in line
+
+
 def test_a_negative_number_is_a_value_and_no_flag(base: dict[str, Any]) -> None:
     settings = train("--finetuning_type", "freeze", "--freeze_trainable_layers", "-1", **base)
     assert settings.finetuning.freeze_trainable_layers == -1
@@ -151,6 +170,48 @@ def test_malformed_json_is_one_mistake_with_its_line(base: dict[str, Any], tmp_p
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("run.yaml", "", "holds no settings; write some, as in examples/"),
+        ("run.yaml", "# nothing\n", "holds no settings; write some, as in examples/"),
+        ("run.json", "{}", "holds no settings; write some, as in examples/"),
+        ("run.yaml", "seed: 1\n\tbf16: true\n", "is not YAML"),
+        ("rum.yaml", None, "is not there; did you mean '"),
+        ("run.yaml", b"seed: \xff\xfe", "cannot be read: it is not text in UTF-8"),
+    ],
+)
+def test_of_a_file_that_gives_nothing_only_that_is_told(
+    tmp_path: Path, name: str, text: str | bytes | None, told: str
+) -> None:
+    (tmp_path / "run.yml").write_text("seed: 1\n")
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    (line,) = mistakes(str(path))
+    assert told in line
+    if text is None:
+        assert line.endswith("run.yml'?")
+
+
+def test_a_misspelt_file_of_rows_is_told_with_the_one_that_is_there(base: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": {"file_name": "rows.jsonl"}}))
+    for item, near in (
+        (str(tmp_path / "rows.json"), str(tmp_path / "rows.jsonl")),  # in its own folder
+        ("row.jsonl", "rows.jsonl"),  # in dataset_dir
+        ("pairz", "pairs"),
+    ):
+        (line,) = mistakes(f"dataset_dir={tmp_path}", **{**base, "dataset": item})
+        assert line.endswith(f"did you mean {near!r}?"), line
+
+
+def test_a_catalog_on_a_hub_is_refused_by_name(base: dict[str, Any]) -> None:
+    (line,) = mistakes("dataset_dir=REMOTE:someone/data", **{**base, "dataset": "pairs"})
+    assert line.endswith(
+        "names a catalog on a hub, which burnish does not read; give a folder that holds dataset_info.json"
+    )
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 SEVEN = """\
@@ -222,9 +283,20 @@ def test_what_is_required_and_missing_is_told(tmp_path: Path) -> None:
         (["logging_steps=2.5"], "logging_steps 2.5 is neither a number of steps nor a share below 1"),
         (["per_device_train_batch_size=0"], "per_device_train_batch_size 0 is not at least 1"),
         (["dataloader_prefetch_factor=2"], "dataloader_prefetch_factor 2 needs workers"),
-        (["fp16=true"], "fp16 'true' is not built yet; use bf16: true, or neither for float32"),
+        (["fp16=true", "bf16=true"], "fp16 True and bf16 exclude each other"),
         (["logging_nan_inf_filter=true"], "would hide a loss that is not a number"),
-        (["deepspeed=ds.json"], "deepspeed 'ds.json' is not built yet"),
+        (["deepspeed=ds.json"], "deepspeed 'ds.json' is not there; looked for the file /"),
+        (["deepspeed=pyproject.toml"], "deepspeed 'pyproject.toml' is not JSON; correct it: Expecting value"),
+        (["fsdp=full_shard"], "fsdp 'full_shard' is not built yet"),
+        (["ddp_backend=mpi"], "ddp_backend 'mpi' is of a device that burnish does not train on"),
+        (["ddp_timeout=0"], "ddp_timeout 0 is not at least 1"),
+        (["skip_memory_metrics=false"], "skip_memory_metrics 'false' is not built"),
+        (["dataloader_in_order=false"], "would let the order of rows depend on time"),
+        (
+            ["train_sampling_strategy=group_by_length", "streaming=true", "max_steps=1"],
+            "train_sampling_strategy 'group_by_length' needs all rows at hand, not a stream",
+        ),
+        (["length_penalty=2"], "length_penalty 2.0 does nothing without beams"),
         (["optim=lomo"], "optim 'lomo' is not built"),
         (["report_to=wandbb"], "report_to 'wandbb' is not something transformers reports to; did you mean 'wandb'?"),
         (["resume_from_checkpoint=gone"], "resume_from_checkpoint 'gone' is not there"),
@@ -242,14 +314,19 @@ def test_what_is_required_and_missing_is_told(tmp_path: Path) -> None:
         (["temperature=-1"], "temperature -1.0 is below 0"),
     ],
 )
-def test_what_cannot_go_together_is_told(base: dict[str, Any], words: list[str], told: str) -> None:
+def test_what_cannot_go_together_is_told(
+    base: dict[str, Any], words: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
     (line,) = mistakes(*words, **base)
     assert told in line and "; " in line  # what is wrong, and what to do
 
 
 def test_what_is_refused_is_welcome_at_its_default(base: dict[str, Any]) -> None:
-    settings = train("fp16=false", "hub_strategy=every_save", "--deepspeed", "", "push_to_hub=no", **base)
+    words = ("fp16=false", "hub_strategy=every_save", "--deepspeed", "", "push_to_hub=no", "skip_memory_metrics=true")
+    settings = train(*words, **base)
     assert settings.changes_that_matter(train(**base)) == []
+    assert settings.value("deepspeed") is None and settings.as_yaml() == train(**base).as_yaml()
 
 
 def test_a_wrong_value_that_a_later_one_replaces_is_no_mistake(base: dict[str, Any], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from burnish.arguments import legacy
+from burnish.arguments import legacy, refused
 from burnish.arguments.fields import known_fields
 from burnish.arguments.parse import parse_command
 from burnish.arguments.settings import Settings
@@ -45,12 +45,20 @@ def given(settings: Settings, *names: str) -> dict[str, object]:
         ("--use_reentrant_gc", "gradient_checkpointing_kwargs", {"use_reentrant": True}),
         ("--activation_checkpointing", "gradient_checkpointing", True),
         ("--flash_attn true", "flash_attn", "auto"),
+        ("--flash_attn --seed 1", "flash_attn", "auto"),
         ("--flash_attn false", "flash_attn", "disabled"),
         ("--per_gpu_train_batch_size 3", "per_device_train_batch_size", 3),
         ("--no_cuda", "use_cpu", True),
         ("--adafactor", "optim", "adafactor"),
         ("--num_layer_trainable 1 --finetuning_type freeze", "freeze_trainable_layers", 1),
         ("--name_module_trainable mlp,attn --finetuning_type freeze", "freeze_trainable_modules", ["mlp", "attn"]),
+        ("--group_by_length", "train_sampling_strategy", "group_by_length"),
+        ("--disable_shuffling", "train_sampling_strategy", "sequential"),
+        ("--train_last_turn_only", "mask_history", True),
+        ("--lora_lr_ratio 16", "loraplus_lr_ratio", 16.0),
+        ("--warmup_ratio 0.1", "warmup_ratio", 0.1),
+        ("--logging_dir logs", "logging_dir", "logs"),
+        ("--overwrite_output_dir", "overwrite_output_dir", True),
     ],
 )
 def test_an_old_name_means_todays(words: list[str], old: str, name: str, value: object) -> None:
@@ -66,11 +74,37 @@ def test_what_was_translated_is_kept_for_one_table(words: list[str]) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(legacy.REFUSED))
+@pytest.mark.parametrize("name", sorted(set(refused.REFUSED) - set(refused.OF_EXPORT)))
 def test_what_burnish_does_not_have_is_refused_by_name_and_welcome_when_off(words: list[str], name: str) -> None:
-    line = refusal(words, f"{name}=17")
-    assert line.startswith(f"command line: {name} '17' {legacy.REFUSED[name][0]}; ")
-    parse_command("train", [*words, f"{name}=false", f"{name}=", f"{name}=null"])
+    line = refusal(words, f"{name}=17.5")
+    assert line.startswith(f"command line: {name} '17.5' {refused.REFUSED[name][0]}; ")
+    if name in refused.ASK_WHEN_OFF:
+        assert refusal(words, f"{name}=false").endswith("leave it out")
+    else:
+        parse_command("train", [*words, f"{name}=false", f"{name}=", f"{name}=null"])
+
+
+@pytest.mark.parametrize("name", sorted(refused.DEFAULTS_OF_REFUSED))
+def test_what_burnish_does_not_have_is_welcome_at_its_own_default(words: list[str], name: str) -> None:
+    assert name in refused.REFUSED
+    parse_command("train", [*words, f"{name}={refused.DEFAULTS_OF_REFUSED[name]}"])
+
+
+def test_numbers_are_the_default_however_they_are_written(words: list[str]) -> None:
+    parse_command("train", [*words, "video_fps=2.0", "ppo_target=6.0", "loraplus_lr_embedding=1e-6"])
+
+
+def test_an_old_switch_that_is_off_leaves_todays_setting_alone(words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: sgd\nadafactor: false\ngroup_by_length: true\ntrain_sampling_strategy: group_by_length\n")
+    settings = parse_command("train", [str(path), *words])
+    assert given(settings, "optim", "train_sampling_strategy") == {
+        "optim": "sgd",
+        "train_sampling_strategy": "group_by_length",
+    }
+    path.write_text("group_by_length: true\n")
+    settings = parse_command("train", [str(path), *words, "--group_by_length", "false"])
+    assert settings.value("train_sampling_strategy") == "random"
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "kto", "ppo"])
@@ -89,6 +123,13 @@ def test_a_stage_that_is_not_built_is_refused_by_name(words: list[str], stage: s
         ("export_legacy_format=true", "weights are always saved as safetensors"),
         ("save_safetensors=false", "weights are always saved as safetensors"),
         ("infer_backend=vllm", "the only engine for now is huggingface"),
+        ("train_sampling_strategy=batch_rebalance", "choose random, sequential or group_by_length"),
+        ("tpu_num_cores=8", "is of TPUs, which burnish does not train on"),
+        ("use_mps_device=true", "or set use_cpu: true"),
+        ("push_to_hub_token=secret", "upload output_dir with `hf upload`"),
+        ("sharded_ddp=simple", "deepspeed: examples/deepspeed/ds_z2_config.json divides the optimizer"),
+        ("fsdp=full_shard", "deepspeed: examples/deepspeed/ds_z3_config.json divides a model"),
+        ("max_source_length=512", "set cutoff_len to the sum of the two"),
     ],
 )
 def test_a_refusal_names_what_was_typed(words: list[str], old: str, told: str) -> None:
@@ -98,6 +139,24 @@ def test_a_refusal_names_what_was_typed(words: list[str], old: str, told: str) -
 def test_a_setting_that_changes_nothing_any_more_is_told(words: list[str]) -> None:
     settings = parse_command("train", [*words, "save_safetensors=true", "visual_inputs=false", "reserved_label_len=1"])
     assert [old for old, _, _ in settings.translated] == ["save_safetensors", "visual_inputs", "reserved_label_len"]
+
+
+def test_what_export_needs_is_told_to_train_and_read_by_export(words: list[str]) -> None:
+    more = ("--export_dir", "out/whole", "--export_size", "2", "--export_quantization_bit", "4")
+    settings = parse_command("train", [*words, *more])
+    told = [(name, "", "is for burnish export") for name in ("export_dir", "export_size", "export_quantization_bit")]
+    assert settings.translated == told and settings.value("export_dir") is None
+    words = [word for word in words if not word.startswith("dataset")]
+    more = (*more[:4], "--export_legacy_format", "False", "finetuning_type=full")
+    settings = parse_command("export", [*words, *more])
+    assert given(settings, "export_dir", "export_size") == {"export_dir": "out/whole", "export_size": 2}
+    assert settings.translated == [("export_legacy_format", "", "weights are always safetensors")]
+    with pytest.raises(UserError) as caught:
+        parse_command("export", [*words, *more, "--export_quantization_bit", "4", "--export_legacy_format"])
+    assert [str(problem) for problem in caught.value.problems] == [
+        "--export_legacy_format: 'true' is refused; weights are always saved as safetensors",
+        "--export_quantization_bit: '4' is not built yet; leave it out; the weights are exported in their own dtype",
+    ]
 
 
 def test_two_names_of_one_setting_that_disagree_in_one_file_are_a_mistake(words: list[str], tmp_path: Path) -> None:
@@ -132,9 +191,9 @@ def test_a_file_of_llama_factory_runs_as_it_is(words: list[str], tmp_path: Path)
 
 
 def test_no_name_is_in_two_tables_and_every_new_name_is_known() -> None:
-    tables = [legacy.RENAMED, legacy.ALSO_CALLED, legacy.TOLD, legacy.TOLD_AT, legacy.OF_EXPORT, legacy.REFUSED]
+    tables = [legacy.RENAMED, legacy.ALSO_CALLED, legacy.TOLD, legacy.TOLD_AT, refused.REFUSED]
     names = [name for table in tables for name in table]
     assert len(names) == len(set(names))
-    known = set(known_fields()) | set(legacy.REFUSED)
+    known = set(known_fields()) | set(refused.REFUSED)
     assert {new for new, _ in legacy.RENAMED.values()} | set(legacy.ALSO_CALLED.values()) <= known
     assert not set(names) & (set(known_fields()) - set(legacy.ALSO_CALLED))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,25 @@ def test_training_gets_transformers_own_arguments(base: dict[str, Any], monkeypa
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
 
 
+def test_processes_meet_over_the_backend_and_wait_as_long_as_is_said(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.distributed as dist
+
+    from burnish.train.distributed import together
+
+    met = []
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: met.append((backend, timeout)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for given in (("ddp_backend=gloo", "ddp_timeout=180000000"), ("use_cpu=true",)):
+        with together(train(*given, **base)):
+            pass
+    assert met == [("gloo", timedelta(seconds=180000000)), ("gloo", timedelta(seconds=1800))]
+
+
 def test_what_trackio_is_told_reaches_its_callback_as_it_is(base: dict[str, Any]) -> None:
     told = {
         "project": "pears",
@@ -171,6 +191,15 @@ def test_the_runs_own_file_repeats_it(base: dict[str, Any], tmp_path: Path, monk
     assert again.as_yaml() == text.replace(str(tmp_path / "out"), "/elsewhere")
 
 
+def test_what_is_said_of_conversations_is_idle_where_texts_are_read(base: dict[str, Any]) -> None:
+    words = ("mask_history=true", "overlong=drop", "default_system=hello")
+    assert train(*words, "stage=sft", **base).translated == []
+    assert train(*words, "stage=pt", **base).translated == [
+        (name, "", "is not used in stage pt: a text is learned as it stands")
+        for name in ("overlong", "mask_history", "default_system")
+    ]
+
+
 def test_only_what_changes_training_matters_when_a_folder_is_used_again(base: dict[str, Any], tmp_path: Path) -> None:
     first = train(**base)
     first.dump(tmp_path / "burnish.yaml")
@@ -197,8 +226,56 @@ def test_chat_takes_from_a_training_file_what_it_needs(base: dict[str, Any], tmp
     assert (settings.generating.top_p, settings.generating.temperature) == (0.5, 0.1)
     assert mistakes(yaml, "learning_rate=1", "nonsense=1", command="chat") == [
         "command line: learning_rate '1' does nothing in burnish chat; leave it out",
-        "command line: nonsense '1' is not a setting; `burnish train --help` lists them all",
+        "command line: nonsense '1' is not a setting; `burnish chat --help` lists them all",
     ]
+
+
+@pytest.mark.parametrize("command", ["api", "export"])
+def test_the_other_commands_take_from_a_training_file_what_they_need(
+    base: dict[str, Any], tmp_path: Path, command: str
+) -> None:
+    lines = ("stage: dpo", "packing: true", "num_train_epochs: x", "deepspeed: gone.json", "top_p: 0.5", "fp16: true")
+    yaml = write_yaml(tmp_path / "run.yaml", base, *lines, "rope_scaling: yarn", "export_dir: there", "export_size: 3")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    settings = parse_command(command, [yaml])
+    assert for_inference(settings)[0].adapter_name_or_path == [str(tmp_path / "out")]
+    assert settings.model.rope_scaling == "yarn" and settings.value("fp16") is True
+    assert settings.generating.top_p == (0.5 if command == "api" else None)
+    assert settings.model.export_size == (3 if command == "export" else 5)
+    assert mistakes(yaml, "learning_rate=1", "num_layer_trainable=1", command=command) == [
+        f"command line: learning_rate '1' does nothing in burnish {command}; leave it out",
+        f"command line: num_layer_trainable '1' does nothing in burnish {command}; leave it out",
+    ]
+    assert mistakes(command=command)[0].startswith("command line: model_name_or_path is missing") == (command == "api")
+
+
+def test_export_needs_a_folder_and_a_size(base: dict[str, Any], tmp_path: Path) -> None:
+    yaml = write_yaml(tmp_path / "run.yaml", base)
+    assert mistakes(yaml, "export_size=0", "export_device=gpu", command="export") == [
+        "command line: export_device 'gpu' is not one of cpu, auto; did you mean 'cpu'?",
+        "command line: export_size 0 is not at least 1; 5 is usual, in gigabytes",
+        f"{yaml}: export_dir is missing; give the folder for the exported model",
+    ]
+
+
+@pytest.mark.parametrize(("asked", "device"), [("auto", "cuda"), ("cpu", "cpu")])
+def test_an_export_is_ordered_as_the_settings_say(
+    asked: str, device: str, base: dict[str, Any], fixture_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from burnish import workflow
+
+    ordered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(workflow, "export_model", ordered.append)
+    words = ["--model_name_or_path", str(fixture_path("smollm2")), "--export_dir", "there", "--export_size", "2"]
+    words += ["--export_device", asked, "--export_hub_model_id", "me/pears", "--template", "chatml"]
+    workflow.run_export(parse_command("export", words))
+    args = ordered[0].args
+    assert (args.export_dir, args.export_size, args.export_hub_model_id) == ("there", 2, "me/pears")
+    assert ordered[0].device == device and ordered[0].template.jinja == ordered[0].tokenizer.chat_template
 
 
 def test_chat_on_a_lora_file_asks_the_runs_adapter(base: dict[str, Any], tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def choices(hint: Any) -> tuple[str, ...]:
 def to_type(value: Any, hint: Any) -> Any:
     """Raises Unfit."""
     kind = core_type(hint)
+    if {str, dict} <= set(get_args(hint)):
+        return _path_or_dict(value)
     if get_origin(kind) is Literal:
         return _choice(value, get_args(kind))
     if get_origin(kind) is list:
@@ -120,6 +122,14 @@ def _dict(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     raise Unfit("is not a mapping", """write {"name": value}""")
+
+
+def _path_or_dict(value: Any) -> str | dict[str, Any] | None:
+    """`ds.json`, or the mapping itself; a word for "off" is neither."""
+    if isinstance(value, dict) or (isinstance(value, str) and value.lstrip().startswith("{")):
+        return _dict(value)
+    off = value is False or (isinstance(value, str) and value.strip().lower() in ("", "none", "null", "false", "no"))
+    return None if off else _str(value)
 
 
 def _flow(text: str) -> Any:

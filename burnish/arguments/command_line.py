@@ -40,7 +40,7 @@ def gather(
             parts.append(read_args_file(path, takes))
         elif missing_is_wrong:
             missing = Problem(path, "", None, "is not there", "check the name of the args file")
-            parts.append(Sources(problems=[missing]))
+            parts.append(Sources(problems=[missing], unread=True))
     if config:
         parts.append(read_config(config))
     parts.append(command_line)
@@ -49,6 +49,7 @@ def gather(
         problems=[problem for part in parts for problem in part.problems],
         remaining=[word for part in parts[:-1] for word in part.remaining] + rest,
         config=config,
+        unread=any(part.unread for part in parts),
     )
 
 

@@ -27,16 +27,19 @@ if TYPE_CHECKING:
 
 ROOM_TABLES = (model_room, data_room, train_room, tuning_room, generate_room)
 
-# What an answer depends on: these are read by `burnish chat`, every other setting of a training file passes by.
-USED_BY_CHAT = frozenset(
+# Which model is meant, and how it is asked: what every command but train takes from a training file.
+_OF_THE_TUNED = frozenset(
     {
-        *(field.name for field in dataclasses.fields(ModelArguments)),
-        *(field.name for field in dataclasses.fields(GeneratingArguments)),
+        *({field.name for field in dataclasses.fields(ModelArguments)} - model_room.OF_EXPORT),
         *("template", "default_system", "enable_thinking", "finetuning_type", "create_new_adapter"),
         "cutoff_len",  # how far rope_scaling reaches
-        *("output_dir", "use_cpu", "bf16"),
+        *("output_dir", "use_cpu", "bf16", "fp16"),
     }
 )
+# What an answer depends on: these are read by `burnish chat`, every other setting of a training file passes by.
+USED_BY_CHAT = _OF_THE_TUNED | {field.name for field in dataclasses.fields(GeneratingArguments)}
+USED_BY_API = USED_BY_CHAT
+USED_BY_EXPORT = _OF_THE_TUNED | model_room.OF_EXPORT
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ def known_fields() -> dict[str, Field]:
     return found
 
 
+def used_by(command: str) -> frozenset[str]:
+    """The settings that a command reads. What else a file holds is for other commands."""
+    if command == "train":
+        return frozenset(known_fields()) - model_room.OF_EXPORT
+    return {"chat": USED_BY_CHAT, "api": USED_BY_API, "export": USED_BY_EXPORT}[command]
+
+
 def standings(name: str) -> list[tuple[str, str]]:
     """What burnish does with a setting, and why: honoured, translated, nothing to change, or refused.
 
@@ -97,9 +107,7 @@ def standings(name: str) -> list[tuple[str, str]]:
 
 def help_text(command: str) -> str:
     """What `burnish COMMAND --help` prints: every argument, by room."""
-    kinds = list(rooms().values())
-    if command == "chat":
-        kinds = [_only(kind, USED_BY_CHAT) for kind in kinds]
+    kinds = [_only(kind, used_by(command)) for kind in rooms().values()]
     usage = f"burnish {command} [CONFIG.yaml] [name=value …] [--name value …] [--args_file FILE]"
     parser = _parser(kinds, prog=f"burnish {command}", usage=usage, formatter_class=_OneSpelling)
     return parser.format_help()

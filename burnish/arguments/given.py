@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Sources:
     remaining: list[str] = field(default_factory=list)  # words of the command line that are no setting
     problems: list[Problem] = field(default_factory=list)
     config: str | None = None  # the YAML or JSON file, as typed
+    unread: bool = False  # a file gave nothing, so that what it would have said is not missing
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -57,13 +59,30 @@ def read_config(path: str) -> Sources:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        sources.problems.append(Problem(path, "", None, "is not there", "check the name of the file"))
+        sources.problems.append(Problem(path, "", None, "is not there", _similar_file(path)))
     except (OSError, UnicodeDecodeError) as error:
-        sources.problems.append(Problem(path, "", None, f"cannot be read: {error}", "give a text file in UTF-8"))
+        what = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        sources.problems.append(Problem(path, "", None, f"cannot be read: {what}", "give a text file in UTF-8"))
     else:
         read = _read_json if path.lower().endswith(".json") else _read_yaml
         read(path, text, sources)
+        if not sources.given and not sources.problems:
+            sources.problems.append(Problem(path, "", None, "holds no settings", "write some, as in examples/"))
+    sources.unread = not sources.given
     return sources
+
+
+def _similar_file(path: str) -> str:
+    near = files_called_like(path)
+    return f"did you mean {near[0]!r}?" if near else "check the name of the file"
+
+
+def files_called_like(path: str) -> list[str]:
+    """What stands in the folder of a path that is not there, and is called nearly so; the nearest first."""
+    folder = Path(path).expanduser().parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = get_close_matches(Path(path).name, names, n=3)
+    return [str(Path(path).with_name(name)) for name in near]
 
 
 def _read_yaml(path: str, text: str, sources: Sources) -> None:

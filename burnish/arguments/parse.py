@@ -2,7 +2,7 @@
 
     burnish train run.yaml learning_rate=2e-4 --output_dir out
         given.py   what was written, and where        (args files, then the file, then the command line: later wins)
-        legacy.py  old names → today's
+        legacy.py  old names → today's; refused.py: what burnish does not have
         coerce.py  texts → the types of the fields
         */arguments.py: problems(settings)   what cannot go together, in each room
 
@@ -20,8 +20,9 @@ from typing import Any
 from burnish.arguments import legacy
 from burnish.arguments.coerce import Unfit, core_type, to_type
 from burnish.arguments.command_line import args_file_of_script, gather, unknown_words
-from burnish.arguments.fields import USED_BY_CHAT, known_fields
+from burnish.arguments.fields import known_fields, used_by
 from burnish.arguments.given import Given, Sources, as_given, read_config
+from burnish.arguments.refused import OF_EXPORT, is_off
 from burnish.arguments.settings import Settings
 from burnish.arguments.tuned import for_inference
 from burnish.data import arguments as data_room
@@ -36,9 +37,15 @@ __all__ = ["for_inference", "parse", "parse_command", "read_settings"]
 ROOMS = {
     "train": (model_room, data_room, tuning_room, train_room, generate_room),
     "chat": (model_room, generate_room),
+    "api": (model_room, generate_room),
+    "export": (model_room,),
 }
-REFUSED_IN_CHAT = {"quantization_bit", "infer_backend"}  # of what chat passes by, these would change the answers
-
+# Old names that concern a command though they are no settings of today: they would change its answers, or its files.
+CONCERN = {
+    "chat": {"quantization_bit", "infer_backend"},
+    "api": {"quantization_bit", "infer_backend"},
+    "export": {"export_legacy_format", *OF_EXPORT},
+}
 
 _ASKED = ("do_train", "do_eval", "do_predict")  # what a run may be asked to do
 
@@ -46,7 +53,7 @@ Check = Callable[[Settings], list[Problem]]
 
 
 def parse_command(command: str, argv: Sequence[str], checks: Sequence[Check] = ()) -> Settings:
-    """The settings of `burnish train` or `burnish chat`. Raises UserError with every mistake.
+    """The settings of `burnish train`, `chat`, `api` or `export`. Raises UserError with every mistake.
 
     `checks` look for more of them: those that need rooms above this floor (the catalog of data sets, the templates).
     """
@@ -105,6 +112,8 @@ def read_settings(path: str | Path) -> Settings:
 def _takes(name: str) -> str | None:
     """How many words the option `--name` takes."""
     today = legacy.same_setting(name)
+    if (today, "true") in legacy.VALUES:
+        return "perhaps"  # a switch once, a word today
     if today in known_fields():
         kind = core_type(known_fields()[today].hint)
         return "flag" if kind is bool else "many" if getattr(kind, "__origin__", None) is list else "one"
@@ -129,7 +138,7 @@ def resolve(command: str, sources: Sources) -> Resolved:
     problems, unknown, unknown_problems = list(sources.problems), [], []
     refused: set[str] = set()
     for given in sources.given:
-        translation = legacy.translate(given)
+        translation = legacy.translate(given, command)
         today = translation.given
         if not _concerns(command, given, today):
             if given.on_command_line:
@@ -143,11 +152,16 @@ def resolve(command: str, sources: Sources) -> Resolved:
         if today is None:
             continue
         if today.name in known_fields():
-            problems += _contradiction(chosen.get(today.name), today)
+            earlier = chosen.get(today.name)
+            if today.value is None and given.value is not None:  # an old switch that is off takes back its own word
+                if earlier and _old_name(earlier) == given.name:
+                    del chosen[today.name]
+                continue
+            problems += _contradiction(earlier, today)
             chosen[today.name] = today
         else:
             unknown.append(given)
-            unknown_problems.append(given.problem("is not a setting", _nearest(given.name)))
+            unknown_problems.append(given.problem("is not a setting", _nearest(given.name, command)))
     values, faulty, misfits = _coerce(command, chosen)
     settings = Settings(
         command, values, faulty=frozenset(faulty | refused), translated=tuple(told), config=sources.config
@@ -156,12 +170,16 @@ def resolve(command: str, sources: Sources) -> Resolved:
 
 
 def _concerns(command: str, given: Given, today: Given | None) -> bool:
-    """Chat passes by what only training reads; what nobody knows concerns every command."""
-    if command != "chat":
+    """What only training reads passes the other commands by; what nobody knows concerns every command."""
+    if command == "train":
         return True
     if today is None:
-        return given.name in REFUSED_IN_CHAT or legacy.RENAMED.get(given.name, ("",))[0] in USED_BY_CHAT
-    return today.name in USED_BY_CHAT or today.name not in known_fields()
+        return given.name in CONCERN[command] or legacy.RENAMED.get(given.name, ("",))[0] in used_by(command)
+    return today.name in used_by(command) or today.name not in known_fields()
+
+
+def _old_name(given: Given) -> str:
+    return (given.typed or given.name).removeprefix("--").replace("-", "_")
 
 
 def _contradiction(earlier: Given | None, later: Given) -> list[Problem]:
@@ -181,7 +199,7 @@ def _coerce(command: str, chosen: Mapping[str, Given]) -> tuple[dict[str, Given]
     for name, given in chosen.items():
         if given.value is None:
             continue  # `name: null` is the default
-        if name in train_room.REFUSED and legacy.is_off(given.value):
+        if name in train_room.REFUSED and is_off(given.value) and known_fields()[name].default is not True:
             continue
         try:
             values[name] = replace(given, value=to_type(given.value, known_fields()[name].hint))
@@ -198,10 +216,10 @@ def _coerce(command: str, chosen: Mapping[str, Given]) -> tuple[dict[str, Given]
     return values, faulty, problems
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, command: str) -> str:
     longer = [known for known in known_fields() if len(name) > 3 and known.startswith(name)]
     near = longer or get_close_matches(name, [*known_fields(), *legacy.ALL_NAMES], n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else "`burnish train --help` lists them all"
+    return f"did you mean {near[0]!r}?" if near else f"`burnish {command} --help` lists them all"
 
 
 def _no_setting(word: str) -> Problem:
@@ -212,8 +230,11 @@ def _no_setting(word: str) -> Problem:
 
 
 def _checked(settings: Settings, problems: list[Problem], sources: Sources, checks: Sequence[Check] = ()) -> Settings:
-    """The settings, when nothing is wrong with them. Raises UserError with every problem, in the order of the files."""
-    for check in (*(room.problems for room in ROOMS[settings.command]), *checks):
+    """The settings, when nothing is wrong with them. Raises UserError with every problem, in the order of the files.
+
+    Where a file could not be read, nothing is said of the settings: most of them would be missing.
+    """
+    for check in () if sources.unread else (*(room.problems for room in ROOMS[settings.command]), *checks):
         problems = problems + check(settings)
     if problems:
         order: dict[str, int] = {}
@@ -221,4 +242,6 @@ def _checked(settings: Settings, problems: list[Problem], sources: Sources, chec
             order.setdefault(given.place, len(order))
         once = [problem for at, problem in enumerate(problems) if problem not in problems[:at]]
         raise UserError(sorted(once, key=lambda problem: order.get(problem.place, len(order))))
+    if settings.command == "train":
+        settings.translated += data_room.idle(settings)
     return settings

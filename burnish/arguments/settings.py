@@ -37,6 +37,7 @@ ESSENTIAL = (  # written even at their defaults, which another version may chang
 FOLDERS = {"output_dir", "dataset_dir", "cache_dir", "logging_dir"}
 PERHAPS_PATHS = {  # a name or a path: made absolute where something is there
     *("model_name_or_path", "adapter_name_or_path", "dataset", "eval_dataset", "template", "resume_from_checkpoint"),
+    "deepspeed",
 }
 OF_THIS_START_ONLY = {"overwrite_output_dir", "local_rank"}  # said to one start of a run, not to the run
 
@@ -168,7 +169,7 @@ class Settings:
 
     def _absolute(self, name: str) -> Any:
         value = self.value(name)
-        if value is None or name not in FOLDERS | PERHAPS_PATHS:
+        if value is None or isinstance(value, dict) or name not in FOLDERS | PERHAPS_PATHS:
             return value
         if isinstance(value, list):
             return [self._path(item) if self._is_place(name, item) else item for item in value]

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from burnish.arguments.given import files_called_like
+
 if TYPE_CHECKING:
     from burnish.arguments.settings import Settings
     from burnish.errors import Problem
@@ -74,6 +76,8 @@ NOTHING_TO_CHANGE = {"overwrite_cache": "tokens are not kept between runs yet"}
 
 DO_NOT_TRAIN = {"overwrite_cache", "eval_on_each_dataset"}
 
+OF_CONVERSATIONS = ("overlong", "train_on_prompt", "mask_history", "default_system", "enable_thinking")
+
 
 def problems(settings: Settings) -> list[Problem]:
     found = settings.out_of_range(
@@ -87,6 +91,14 @@ def problems(settings: Settings) -> list[Problem]:
     for name in ("dataset", "eval_dataset"):
         found += _unknown_data_sets(settings, name)
     return found
+
+
+def idle(settings: Settings) -> list[tuple[str, str, str]]:
+    """What is said of conversations to a run that reads plain text: (setting, "", why nothing comes of it)."""
+    if settings.value("stage") != "pt":
+        return []
+    named = [name for name in OF_CONVERSATIONS if settings.differs_from_default(name)]
+    return [(name, "", "is not used in stage pt: a text is learned as it stands") for name in named]
 
 
 def _combinations(settings: Settings) -> list[Problem]:
@@ -141,20 +153,32 @@ def _unknown_data_sets(settings: Settings, name: str) -> list[Problem]:
     unknown, catalog = unknown_names(settings, name), _catalog(settings)
     if not unknown:
         return []
+    if settings.value("dataset_dir").startswith("REMOTE:"):
+        remedy = f"give a folder that holds {CATALOG}"
+        return [settings.problem("dataset_dir", "names a catalog on a hub, which burnish does not read", remedy)]
     try:
         entries = _entries(catalog)
     except ValueError as error:
         return [settings.problem("dataset_dir", f"holds a {CATALOG} that is not JSON", f"correct {catalog}: {error}")]
-    if not entries:
-        message = f"is not in {catalog}" if catalog.is_file() else f"is not a file, and {catalog} is not there"
-        return [settings.problem(name, message, "set dataset_dir, or give the path of a file", i) for i in unknown]
-    near = {item: get_close_matches(item, entries, n=1) for item in unknown}
-    listed = f"it has {', '.join(list(entries)[:8])}{' …' if len(entries) > 8 else ''}"
-    remedies = [f"did you mean {near[item][0]!r}?" if near[item] else listed for item in unknown]
-    return [
-        settings.problem(name, f"is not in {catalog}", remedy, item)
-        for item, remedy in zip(unknown, remedies, strict=True)
-    ]
+    return [_unknown_data_set(settings, name, item, catalog, entries) for item in unknown]
+
+
+def _unknown_data_set(settings: Settings, name: str, item: str, catalog: Path, entries: dict[str, Any]) -> Problem:
+    """A name that is not in the catalog, or the path of a file that is not there."""
+    is_path = len(Path(item).parts) > 1 or bool(Path(item).suffix)
+    message = f"is not in {catalog}" if catalog.is_file() else f"is not a file, and {catalog} is not there"
+    remedy = "set dataset_dir, or give the path of a file"
+    if entries:
+        listed = f"it has {', '.join(list(entries)[:8])}{' …' if len(entries) > 8 else ''}"
+        message, remedy = ("is not there", f"{catalog} has other names") if is_path else (message, listed)
+    near = (files_called_like(item) or _beside(catalog, item)) if is_path else []
+    near = near or get_close_matches(item, entries, n=1)
+    return settings.problem(name, message, f"did you mean {near[0]!r}?" if near else remedy, item)
+
+
+def _beside(catalog: Path, item: str) -> list[str]:
+    """Files of dataset_dir, which are found by their names alone."""
+    return [Path(path).name for path in files_called_like(str(catalog.with_name(Path(item).name)))]
 
 
 def unknown_names(settings: Settings, name: str) -> list[str]:

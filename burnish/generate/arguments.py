@@ -39,6 +39,17 @@ class GeneratingArguments:
     skip_special_tokens: bool = field(default=True, metadata={"help": "Leave special tokens out of the text."})
 
 
+@dataclass(frozen=True)
+class RequestOptions:
+    """What one answer may be asked for that is no setting of a run."""
+
+    stop_strings: tuple[str, ...] = ()  # the answer ends before the first of them
+    seed: int | None = None  # the same one, with all else the same, draws the same answer
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int | None = None  # this many of the likeliest tokens beside each; None is no logprobs at all
+
+
 NOTHING_TO_CHANGE: dict[str, str] = {}
 
 
@@ -52,6 +63,6 @@ def problems(settings: Settings) -> list[Problem]:
         max_new_tokens=(lambda v: v >= 1, "is not at least 1", "give a number of tokens"),
         repetition_penalty=(lambda v: v > 0, "is not above 0", "1.0 is no penalty"),
     )
-    if settings.given("length_penalty") and (settings.value("num_beams") or 1) == 1:
+    if settings.value("length_penalty") not in (None, 1) and (settings.value("num_beams") or 1) == 1:
         found.append(settings.problem("length_penalty", "does nothing without beams", "set num_beams, or leave it out"))
     return found

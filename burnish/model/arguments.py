@@ -59,20 +59,31 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
     use_kv_cache: bool = field(default=True, metadata={"help": "Keep keys and values between generated tokens."})
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = field(
-        default="auto", metadata={"help": "Number format of the weights when the model is asked, not trained."}
+        default="auto", metadata={"help": "Number format of the weights when the model is asked or exported."}
+    )
+    export_dir: str | None = field(default=None, metadata={"help": "export: the new folder for the whole model."})
+    export_size: int = field(default=5, metadata={"help": "export: most gigabytes of one file of weights."})
+    export_device: Literal["cpu", "auto"] = field(
+        default="cpu", metadata={"help": "export: where the weights are merged; auto is the GPU when there is one."}
+    )
+    export_hub_model_id: str | None = field(
+        default=None, metadata={"help": "export: the name under which the model is uploaded to the hub as well."}
     )
 
 
 # Accepted, and nothing changes: column "nothing to change" of docs/arguments.md.
 NOTHING_TO_CHANGE = {"use_fast_tokenizer": "transformers 5 has a fast tokenizer or none"}
 
-DO_NOT_TRAIN = {"cache_dir", "hf_hub_token", "use_fast_tokenizer", "use_kv_cache", "infer_dtype"}  # for A5's comparison
+OF_EXPORT = frozenset({"export_dir", "export_size", "export_device", "export_hub_model_id"})
+
+# For A5's comparison.
+DO_NOT_TRAIN = {"cache_dir", "hf_hub_token", "use_fast_tokenizer", "use_kv_cache", "infer_dtype"} | OF_EXPORT
 
 
 def problems(settings: Settings) -> list[Problem]:
-    found: list[Problem] = []
-    if settings.command == "chat" and _asks_a_whole_model(settings):
-        return []
+    found = _export_problems(settings) if settings.command == "export" else []
+    if settings.command != "train" and _asks_a_whole_model(settings):
+        return found
     model = settings.value("model_name_or_path")
     if model is None and not settings.is_faulty("model_name_or_path"):
         found.append(settings.missing("model_name_or_path", "give a folder of weights or a name on a hub"))
@@ -83,8 +94,16 @@ def problems(settings: Settings) -> list[Problem]:
     return found
 
 
+def _export_problems(settings: Settings) -> list[Problem]:
+    """What export needs; that export_dir is empty is seen to by the export itself."""
+    found = settings.out_of_range(export_size=(lambda v: v >= 1, "is not at least 1", "5 is usual, in gigabytes"))
+    if not settings.value("export_dir") and not settings.is_faulty("export_dir"):
+        found.append(settings.missing("export_dir", "give the folder for the exported model"))
+    return found
+
+
 def _asks_a_whole_model(settings: Settings) -> bool:
-    """Chat on the file of a full or freeze run: the base it was tuned from is not read again."""
+    """The file of a full or freeze run, given to chat: the base it was tuned from is not read again."""
     return (
         bool(settings.value("output_dir"))
         and settings.value("finetuning_type") != "lora"
