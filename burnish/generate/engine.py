@@ -1,24 +1,27 @@
 """Tokens in, tokens out: a model, its tokenizer and its chat template, put to work through `model.generate`.
 
-`Engine.chat` streams the text of one answer, `Engine.generate` answers many prompts. What is not asked for comes from
-the model's own generation config. Who talks (a terminal, an evaluation, a server) and where the settings come from is
-not known here; messages become ids only through the template.
+`Engine.chat` streams the text of one answer, `Engine.stream` its tokens too, `Engine.generate` answers many prompts.
+What is not asked for comes from the model's own generation config. Who talks (a terminal, an evaluation, a server) and
+where the settings come from is not known here; messages become ids only through the template.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from burnish.chat.template import CannotRender
 from burnish.errors import Problem, UserError
-from burnish.generate.stream import StopWhen, TextPieces, TokenStream
+from burnish.generate.arguments import RequestOptions
+from burnish.generate.logits import make_processors
+from burnish.generate.stream import AnswerPieces, Piece, StopWhen, TextPieces, Token, TokenStream
 from burnish.types import Message
 
 if TYPE_CHECKING:
@@ -51,31 +54,71 @@ class Engine:
         ...     print(piece, end="")
         The capital of France is Paris.
         """
-        asked = replace(self.generating, **overrides)
         try:
             prompt = self.template.prompt(messages, tools)
         except CannotRender as error:
             raise UserError(Problem("conversation", "", None, f"cannot be asked: {error}")) from error
-        self._check_lengths([prompt])
-        return self._stream(prompt, self.generation_config(asked, len(prompt)), asked.skip_special_tokens)
+        return self._said(self.stream(prompt, **overrides))
 
-    def _stream(
-        self, prompt: list[int], config: GenerationConfig, skip_special_tokens: bool
-    ) -> Generator[str, None, Message]:
-        stop_ids = set(_as_list(config.eos_token_id))
-        pieces = TextPieces(self.tokenizer, skip_special_tokens)
+    def _said(self, pieces: Generator[Piece, None, None]) -> Generator[str, None, Message]:
         answer: list[int] = []
-        stream, stop = TokenStream(), threading.Event()
-        thread = threading.Thread(target=self._fill, args=(stream, stop, prompt, config), daemon=True)
+        with closing(pieces):
+            for piece in pieces:
+                answer += [token.id for token in piece.tokens]
+                if piece.text:
+                    yield piece.text
+        return self.template.parse(answer)
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        options: RequestOptions | None = None,
+        *,
+        stop: threading.Event | None = None,
+        **overrides: Any,
+    ) -> Generator[Piece, None, None]:
+        """The answer to a prompt as it is made; the last piece says why it ended. Raises UserError here and now.
+
+        Closing the generator ends the generation at the next token, and so does `stop`, from any thread.
+        """
+        options, asked = options or RequestOptions(), replace(self.generating, **overrides)
+        self._check_lengths([prompt])
+        config = self.generation_config(asked, len(prompt))
+        if options.top_logprobs is not None and config.num_beams > 1:
+            raise UserError(Problem("generation", "num_beams", config.num_beams, "gives no logprobs", "set it to 1"))
+        answer = AnswerPieces(TextPieces(self.tokenizer, asked.skip_special_tokens), options.stop_strings)
+        return self._pieces(list(prompt), config, options, answer, stop or threading.Event())
+
+    def _pieces(
+        self,
+        prompt: list[int],
+        config: GenerationConfig,
+        options: RequestOptions,
+        answer: AnswerPieces,
+        stop: threading.Event,
+    ) -> Generator[Piece, None, None]:
+        stop_ids, num_generated, reason = set(_as_list(config.eos_token_id)), 0, "length"
+        penalty = config.repetition_penalty or self.model.generation_config.repetition_penalty or 1.0
+        processors, recorder = make_processors(options, penalty, len(prompt))
+        if recorder is not None:
+            config.repetition_penalty = 1.0  # it is among the processors
+        stream = TokenStream(recorder.token if recorder else Token)
+        generate = partial(self._run, [prompt], config, stop, processors=processors, seed=options.seed)
+        thread = threading.Thread(target=_fill, args=(stream, generate, config.num_beams > 1), daemon=True)
         thread.start()
         try:
-            for token_id in stream:
-                answer.append(token_id)
-                if token_id not in stop_ids and (piece := pieces.push(token_id)):
-                    yield piece
-            if piece := pieces.flush():
-                yield piece
-            return self.template.parse(answer)
+            for token in stream:
+                num_generated += 1
+                if token.id in stop_ids:
+                    reason = "end"
+                    break
+                text, tokens = answer.push(token)
+                if text:
+                    yield Piece(text, tokens, num_generated)
+                if answer.stopped:
+                    break
+            text, tokens = answer.flush()
+            yield Piece(text, tokens, num_generated, "stop_string" if answer.stopped else reason)
         finally:
             stop.set()
             thread.join()
@@ -106,7 +149,7 @@ class Engine:
     def generation_config(self, asked: GeneratingArguments, prompt_length: int) -> GenerationConfig:
         """What is asked for; what is None was not said, and transformers fills it in from the model's own config."""
         own = self.model.generation_config
-        samples = _samples(asked, own)
+        samples = self.draws(asked)
         settings: dict[str, Any] = {
             "do_sample": samples,
             "num_beams": asked.num_beams or own.num_beams or 1,
@@ -128,9 +171,20 @@ class Engine:
             settings["max_length"] = prompt_length + new_tokens
         return GenerationConfig(**{name: value for name, value in settings.items() if value is not None})
 
+    def draws(self, asked: GeneratingArguments) -> bool:
+        """Is the next token drawn, or the likeliest taken? A temperature of 0 is OpenAI's word for the latter."""
+        own = self.model.generation_config
+        if asked.temperature == 0:
+            return False
+        if asked.do_sample is not None:
+            return asked.do_sample
+        if any(value is not None for value in (asked.temperature, asked.top_p, asked.top_k)):
+            return True  # who sets how to draw wants to draw
+        return bool(own.do_sample) and own.temperature != 0
+
     def _new_tokens(self, asked: GeneratingArguments, prompt_length: int) -> int:
         """How many tokens may follow a prompt: as asked, else the model's habit, and never past its positions."""
-        own, limit = self.model.generation_config, _num_positions(self.model.config)
+        own, limit = self.model.generation_config, self.max_positions
         if asked.max_new_tokens is not None:
             new_tokens = asked.max_new_tokens
         elif asked.max_length is not None:
@@ -147,9 +201,19 @@ class Engine:
             raise UserError(Problem("generation", name, vars(asked)[name], problem, "make it larger"))
         return new_tokens if limit is None else min(new_tokens, limit - prompt_length)
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest prompt and answer together; None where the model has no such bound."""
+        return _num_positions(self.model.config)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many ids the model knows."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises UserError with every prompt that the model cannot answer at all."""
-        limit = _num_positions(self.model.config)
+        limit = self.max_positions
         problems = []
         for number, prompt in enumerate(prompts, start=1):
             place = "prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
@@ -168,35 +232,28 @@ class Engine:
         pad_id = self.tokenizer.pad_token_id
         return pad_id if pad_id is not None else next(iter(self.template.stop_ids), 0)
 
-    def _fill(self, stream: TokenStream, stop: threading.Event, prompt: list[int], config: GenerationConfig) -> None:
-        """The generating thread: whatever happens in it, the reader hears of it."""
-        try:
-            if config.num_beams > 1:  # transformers streams no beams
-                stream.give(self._run([prompt], config, stop)[0])
-            else:
-                self._run([prompt], config, stop, stream)
-            stream.close()
-        except BaseException as error:
-            stream.close(error)
-
     def _run(
         self,
         prompts: list[list[int]],
         config: GenerationConfig,
         stop: threading.Event,
+        *,
         stream: TokenStream | None = None,
+        processors: LogitsProcessorList | None = None,
+        seed: int | None = None,
     ) -> list[list[int]]:
         pad_id, longest = config.pad_token_id, max(map(len, prompts))
         device = self.model.device
         input_ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)  # [B, S]
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, S]
-        with self._turn, _evaluating(self.model):
+        with self._turn, _evaluating(self.model), _seeded(seed, device):
             if stop.is_set():
                 return [[] for _ in prompts]
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=config,
+                logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([StopWhen(stop)]),
                 streamer=stream,
             )
@@ -204,15 +261,16 @@ class Engine:
         return [_until_end(row, stop_ids) for row in output[:, longest:].tolist()]
 
 
-def _samples(asked: GeneratingArguments, own: GenerationConfig) -> bool:
-    """Is the next token drawn, or the likeliest taken? A temperature of 0 is OpenAI's word for the latter."""
-    if asked.temperature == 0:
-        return False
-    if asked.do_sample is not None:
-        return asked.do_sample
-    if any(value is not None for value in (asked.temperature, asked.top_p, asked.top_k)):
-        return True  # who sets how to draw wants to draw
-    return bool(own.do_sample) and own.temperature != 0
+def _fill(stream: TokenStream, generate: Callable[..., list[list[int]]], at_once: bool) -> None:
+    """The generating thread: whatever happens in it, the reader hears of it."""
+    try:
+        if at_once:  # transformers streams no beams
+            stream.give(generate()[0])
+        else:
+            generate(stream=stream)
+        stream.close()
+    except BaseException as error:
+        stream.close(error)
 
 
 def _num_positions(config: Any) -> int | None:
@@ -242,3 +300,14 @@ def _evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draws by this seed; the generator that everybody shares is afterwards what it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield

@@ -38,19 +38,18 @@ class Answers(Protocol):
     def chat(self, messages: list[Message]) -> Generator[str, None, Message]: ...
 
 
-def chat_loop(engine: Answers, *, system: str | None = None, name: str = "the model", save_path: str = "") -> None:
-    """Talk until the end of the input or /exit. `save_path` is where /save writes when it is given no file.
+def chat_loop(engine: Answers, *, system: str | None = None, name: str = "the model") -> None:
+    """Talk until the end of the input or /exit.
 
     Raises, from a pipe only, UserError for a conversation that does not fit, and KeyboardInterrupt for Ctrl-C.
     """
-    _Conversation(engine, system, name, save_path).run()
+    _Conversation(engine, system, name).run()
 
 
 class _Conversation:
-    def __init__(self, engine: Answers, system: str | None, name: str, save_path: str):
+    def __init__(self, engine: Answers, system: str | None, name: str):
         self.engine = engine
         self.name = name
-        self.save_path = save_path
         self.system = system
         self.turns: list[Message] = []
         self.is_live = sys.stdin.isatty() and sys.stdout.isatty()  # a person at both ends
@@ -178,7 +177,7 @@ class _Conversation:
             case "/system":
                 self._tell(f"system message: {self.system}" if self.system else "there is no system message")
             case "/save":
-                self._save(rest or self.save_path)
+                self._save(rest)
             case _:
                 self._tell(f"{command} is no command; /help lists them, and a space before the slash asks it as it is")
 

@@ -16,9 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from burnish.chat.template import load_template
 from burnish.errors import UserError
-from burnish.generate.arguments import GeneratingArguments
+from burnish.generate.arguments import GeneratingArguments, RequestOptions
 from burnish.generate.engine import DEFAULT_NEW_TOKENS, Engine
-from burnish.generate.stream import TextPieces, decode
+from burnish.generate.stream import Piece, TextPieces, decode
 from burnish.types import Message
 
 FRANCE: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -206,6 +206,120 @@ def test_beams_give_the_answer_in_one_piece(engine: Engine):
     [ids] = engine.generate([engine.template.prompt(FRANCE)], num_beams=2, length_penalty=0.5, do_sample=False)
     assert "".join(pieces) == decode(engine.tokenizer, ids)
     assert answer == engine.template.parse(ids)
+
+
+# ---- what one request may ask for ------------------------------------------------------------------------------------
+
+
+def streamed(engine: Engine, options: RequestOptions | None = None, **overrides: Any) -> list[Piece]:
+    return list(engine.stream(engine.template.prompt(FRANCE), options, **overrides))
+
+
+def ids_of(pieces: list[Piece]) -> list[int]:
+    return [token.id for piece in pieces for token in piece.tokens]
+
+
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def test_pieces_hold_the_tokens_of_their_text_and_the_last_says_why_it_ended(engine: Engine):
+    [ids] = engine.generate([engine.template.prompt(FRANCE)], do_sample=False)
+    pieces = streamed(engine, do_sample=False)
+    assert (ids_of(pieces), text_of(pieces)) == (ids, decode(engine.tokenizer, ids))
+    assert all(piece.text == decode(engine.tokenizer, ids_of([piece])) for piece in pieces)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [""] * (len(pieces) - 1)
+    assert (pieces[-1].finish_reason, pieces[-1].num_generated) == ("length", 12)
+    engine.template.stop_ids = [ids[5]]
+    ended = streamed(engine, do_sample=False)
+    first = ids.index(ids[5])
+    assert (ids_of(ended), ended[-1].finish_reason, ended[-1].num_generated) == (ids[:first], "end", first + 1)
+
+
+def test_an_answer_ends_before_the_first_stop_string(smollm2: Engine):
+    def stopped(*words: str) -> tuple[str, str, int, str]:
+        pieces = streamed(smollm2, RequestOptions(stop_strings=words), do_sample=False)
+        last = pieces[-1]
+        return text_of(pieces), last.finish_reason, last.num_generated, decode(smollm2.tokenizer, ids_of(pieces))
+
+    assert stopped("of Fra") == ("The capital ", "stop_string", 4, "The capital of")  # inside a token, and over two
+    assert stopped("zebra", " is", "Paris") == ("The capital of France", "stop_string", 5, "The capital of France")
+    assert stopped("The") == ("", "stop_string", 1, "")
+    assert stopped("is Paris!") == ("The capital of France is Paris.", "end", 8, "The capital of France is Paris.")
+
+
+def test_a_stop_string_ends_the_generation_too(engine: Engine, forwards: list[float]):
+    full = text_of(streamed(engine, do_sample=False))
+    forwards.clear()
+    streamed(engine, RequestOptions(stop_strings=(full[:3],)), do_sample=False)
+    assert len(forwards) <= 4
+
+
+def test_a_seed_draws_the_same_and_moves_no_other_dice(engine: Engine):
+    def drawn(seed: int | None) -> list[int]:
+        return ids_of(streamed(engine, RequestOptions(seed=seed), do_sample=True, temperature=2.0, top_k=0))
+
+    before = torch.get_rng_state()
+    first = drawn(5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn(5) == first != drawn(6)
+    assert drawn(None) != drawn(None)
+    assert drawn(-1) == drawn(-1)
+
+
+def test_penalties_count_what_the_answer_has_said_and_not_its_prompt(engine: Engine):
+    prompt = engine.template.prompt(FRANCE)
+
+    def penalized(**how: float) -> list[int]:
+        return ids_of(streamed(engine, RequestOptions(**how), do_sample=False))
+
+    def by_hand(presence: float, frequency: float) -> list[int]:
+        answer: list[int] = []
+        while len(answer) < 12:
+            with torch.no_grad():
+                logits = engine.model(torch.tensor([prompt + answer])).logits[0, -1]
+            for token_id in set(answer):
+                logits[token_id] -= presence + frequency * answer.count(token_id)
+            answer.append(int(logits.argmax()))
+        return answer
+
+    engine.template.stop_ids = []
+    engine.model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        engine.model.lm_head.weight *= 0.02  # so that a penalty can move a choice
+        engine.model.lm_head.weight[prompt[3]] *= 100  # and a token of the prompt is liked
+    assert penalized(presence_penalty=0.3) == by_hand(0.3, 0)
+    assert penalized(frequency_penalty=0.2) == by_hand(0, 0.2)
+    assert penalized(presence_penalty=-0.5, frequency_penalty=0.7) == by_hand(-0.5, 0.7)
+    assert len({tuple(penalized(presence_penalty=p, frequency_penalty=f)) for p in (0, 1) for f in (0, 1)}) > 1
+
+
+def test_logprobs_are_the_models_own_whatever_changes_what_is_drawn(engine: Engine):
+    prompt = engine.template.prompt(FRANCE)
+    options = RequestOptions(top_logprobs=3, frequency_penalty=1.0, seed=1)
+    pieces = streamed(engine, options, do_sample=True, temperature=1.7, top_p=0.9, repetition_penalty=1.5)
+    tokens = [token for piece in pieces for token in piece.tokens]
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([prompt + ids_of(pieces)])).logits[0, len(prompt) - 1 : -1]
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    assert len(tokens) == 12
+    for token, row in zip(tokens, logprobs, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+        assert [logprob for _, logprob in token.likeliest] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+    plain = streamed(engine, RequestOptions(frequency_penalty=1.0, seed=1), do_sample=True, temperature=1.7, top_p=0.9,
+                     repetition_penalty=1.5)  # fmt: skip
+    assert ids_of(plain) == ids_of(pieces)
+    with pytest.raises(UserError, match="num_beams 2 gives no logprobs"):
+        streamed(engine, options, num_beams=2)
+
+
+def test_an_event_ends_a_stream_from_outside(engine: Engine, forwards: list[float]):
+    stop = threading.Event()
+    pieces = engine.stream(engine.template.prompt(FRANCE), stop=stop, do_sample=False, max_new_tokens=30)
+    next(pieces)
+    stop.set()
+    assert list(pieces)[-1].finish_reason == "length"
+    assert len(forwards) < 10
 
 
 # ---- the thread --------------------------------------------------------------------------------------------------

@@ -48,13 +48,13 @@ class Engine:
         finally:
             print("<closed>", end="", file=sys.stderr, flush=True)
 
-chat_loop(Engine(), system=SYSTEM, name="echo", save_path=SAVE_PATH)
+chat_loop(Engine(), system=SYSTEM, name="echo")
 print("<left>")
 """
 
 
-def program(system: str | None = None, save_path: str = "") -> list[str]:
-    return [sys.executable, "-c", PROGRAM.replace("SYSTEM", repr(system)).replace("SAVE_PATH", repr(save_path))]
+def program(system: str | None = None) -> list[str]:
+    return [sys.executable, "-c", PROGRAM.replace("SYSTEM", repr(system))]
 
 
 class Terminal:
@@ -240,12 +240,6 @@ def test_from_a_pipe_nothing_but_answers_comes_out(tmp_path: Path):
     assert result.returncode == 0
     assert "/nope is no command" in result.stderr
     assert "5 messages are in chat.json" in result.stderr
-
-
-def test_save_without_a_name_uses_the_one_it_was_given(tmp_path: Path):
-    piped(program(save_path="given.json"), "one\n/save\n", tmp_path)
-    [row] = json.loads((tmp_path / "given.json").read_text(encoding="utf-8"))
-    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
 
 
 def test_from_a_pipe_a_question_that_does_not_fit_ends_the_program(tmp_path: Path):
