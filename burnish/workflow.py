@@ -6,6 +6,7 @@ objective and batches, the terminal an engine. This file is where they meet.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, enable_full_determinism, set_seed
 from transformers.utils import logging as transformers_logging
 
-from burnish import console
+from burnish import console, ranks
 from burnish.arguments.parse import for_inference
 from burnish.arguments.settings import Settings
 from burnish.chat.template import ChatTemplate, load_template
@@ -22,17 +23,22 @@ from burnish.data.loader import make_collate
 from burnish.data.report import first_sample_text
 from burnish.data.sources import Datasets, Hub, get_dataset
 from burnish.data.stream import StreamedSamples
+from burnish.environment import quiet_deepspeed
+from burnish.export.run import Order, export_model
 from burnish.generate.engine import Engine
 from burnish.model.head import CausalLoss
-from burnish.model.loader import check_positions, compute_dtype, load_model, parameter_table
-from burnish.model.patch import enable_gradient_checkpointing, wants_gradient_checkpointing
-from burnish.model.probe import Path as ModelPath
-from burnish.model.probe import choose_path
+from burnish.model.loader import compute_dtype, load_model, parameter_table
+from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
+from burnish.model.positions import check_positions
+from burnish.model.probe import ForwardPath, choose_path
 from burnish.model.tokenizer import load_tokenizer
+from burnish.serve.server import open_place, serve
 from burnish.serve.terminal import chat_loop
 from burnish.train import checkpoint
 from burnish.train.card import write_card
+from burnish.train.distributed import stage_of, together
 from burnish.train.logs import LogCallback, ProgressCallback, save_metrics
+from burnish.train.peers import Peers
 from burnish.train.plot import plot_loss
 from burnish.train.start import decide_start
 from burnish.train.trainer import Trainer
@@ -43,8 +49,9 @@ Callbacks = Iterable[TrainerCallback | type[TrainerCallback]]
 
 
 def run_train(settings: Settings, callbacks: Callbacks = ()) -> None:
-    """`burnish train`: the run of the settings' stage."""
-    {"pt": run_pt, "sft": run_sft}[settings.finetuning.stage](settings, callbacks)
+    """`burnish train`: the run of the settings' stage, alone or as one of several processes."""
+    with together(settings):
+        {"pt": run_pt, "sft": run_sft}[settings.finetuning.stage](settings, callbacks)
 
 
 def run_pt(settings: Settings, callbacks: Callbacks = ()) -> None:
@@ -86,6 +93,44 @@ def run_chat(settings: Settings) -> None:
     chat_loop(engine, system=settings.data.default_system, name=_name(settings))
 
 
+def run_export(settings: Settings) -> None:
+    """`burnish export`: base and adapters, or what a training file's run left, as one model in one folder."""
+    quiet_deepspeed()
+    transformers_logging.disable_progress_bar()
+    model_args, notes = for_inference(settings)
+    for note in notes:
+        console.warn(note)
+    tokenizer = load_tokenizer(model_args)
+    has_template = settings.data.template is not None or tokenizer.chat_template is not None
+    template = _load_template(settings, tokenizer) if has_template else None
+    on_gpu = settings.model.export_device == "auto" and torch.cuda.is_available()
+    export_model(Order(model_args, tokenizer, template, settings.data.cutoff_len, "cuda" if on_gpu else "cpu"))
+
+
+def run_api(settings: Settings) -> None:
+    """`burnish api`: answer as the OpenAI API does, until Ctrl-C."""
+    place = open_place(os.environ)
+    engine, data = load_engine(settings), settings.data
+    split_special_tokens = settings.model.split_special_tokens
+
+    def template_for(enable_thinking: bool) -> ChatTemplate:
+        return load_template(
+            engine.tokenizer,
+            data.template,
+            default_system=data.default_system,
+            enable_thinking=enable_thinking,
+            split_special_tokens=split_special_tokens,
+        )
+
+    serve(
+        engine,
+        place,
+        name=place.address.name or _name(settings),
+        template_for=template_for,
+        split_special_tokens=split_special_tokens,
+    )
+
+
 def load_engine(settings: Settings) -> Engine:
     """The tuned (or the named) model, ready to answer, exactly as training saw it: same template, same renderer."""
     transformers_logging.disable_progress_bar()
@@ -109,10 +154,11 @@ def load_engine(settings: Settings) -> Engine:
 
 def _begin(settings: Settings) -> tuple[Any, Path | None]:
     """Arguments, seeds, and where to begin: (transformers' arguments, the checkpoint to go on from or None)."""
+    quiet_deepspeed()
     args = settings.training()
     transformers_logging.set_verbosity(args.get_process_log_level() if args.log_level != "passive" else 40)
     transformers_logging.disable_progress_bar()
-    resume = decide_start(settings) if args.do_train else None
+    resume = Peers().from_main(lambda: decide_start(settings)) if args.do_train else None
     if args.full_determinism:
         enable_full_determinism(args.seed)
     else:
@@ -154,19 +200,20 @@ def _show(datasets: Datasets, tokenizer: Any, args: Any) -> None:
         console.say(first_sample_text(first, tokenizer))
 
 
-def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, ModelPath]:
+def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, ForwardPath]:
     """The model with what is trained marked, and the path its arithmetic allows."""
     model = load_model(
         settings.model,
         dtype=compute_dtype(args.bf16, args.device),
         trainable=True,
-        device=args.device,
+        device="cpu" if stage_of(args) == 3 else args.device,  # ZeRO-3 puts every process's part where it belongs
         tokenizer=tokenizer,
         max_length=settings.data.cutoff_len,
     )
     check_positions(model, settings.data.cutoff_len, scaled=settings.model.rope_scaling is not None)
     model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
-    path = choose_path(model, keep_padding=_why_padded(settings))
+    with gathered(model.parameters()):
+        path = choose_path(model, keep_padding=_why_padded(settings))
     on, details = wants_gradient_checkpointing(args)
     if on:
         enable_gradient_checkpointing(model, details)
@@ -185,7 +232,7 @@ def _make_trainer(
     settings: Settings,
     args: Any,
     model: Any,
-    path: ModelPath,
+    path: ForwardPath,
     tokenizer: Any,
     datasets: Datasets,
     callbacks: Callbacks,
@@ -215,22 +262,23 @@ def _make_trainer(
 
 def _run(settings: Settings, trainer: Trainer, resume: Path | None) -> None:
     """Train, evaluate, and leave the files that a run leaves."""
-    args, folder = trainer.args, trainer.output_dir
+    args, folder, peers = trainer.args, trainer.output_dir, trainer.peers
     if args.do_train:
         if resume is None:
-            checkpoint.clear_run(folder)
+            peers.from_main(lambda: checkpoint.clear_run(folder))
         else:
-            checkpoint.clear_later(folder, resume)
+            peers.from_main(lambda: checkpoint.clear_later(folder, resume))
         result = trainer.train(resume)
         if isinstance(trainer.train_dataset, StreamedSamples):
             for line in trainer.train_dataset.report.lines():
                 console.say(line)
         trainer.save_model()
-        trainer.state.save_to_json(str(folder / checkpoint.STATE_FILE))
+        if ranks.is_main():
+            trainer.state.save_to_json(str(folder / checkpoint.STATE_FILE))
         save_metrics(folder, "train", result.metrics)
     if args.do_eval and trainer.eval_dataset is not None:
-        save_metrics(folder, "eval", trainer.evaluate())
-    if args.do_train:
+        save_metrics(folder, "eval", trainer.evaluate_at_end())
+    if args.do_train and ranks.is_main():
         pictures = plot_loss(folder, trainer.state.log_history) if settings.finetuning.plot_loss else []
         write_card(folder, settings, trainer.state)
         for line in [f"tuned model: {folder}", *(f"loss plot: {picture}" for picture in pictures)]:
@@ -244,7 +292,8 @@ def _inference_dtype(settings: Settings, device: str) -> torch.dtype:
     if asked in named:
         return named[asked]
     of_a_run = settings.value("output_dir") is not None
-    return compute_dtype(settings.value("bf16") or (device == "cuda" and not of_a_run), device)
+    halved = settings.value("bf16") or settings.value("fp16")  # training computes in bf16 for both
+    return compute_dtype(halved or (device == "cuda" and not of_a_run), device)
 
 
 def _name(settings: Settings) -> str:

@@ -16,7 +16,8 @@ os.environ["HF_HOME"] = _hub_cache.name  # datasets' cache too: no test leaves a
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as workflow does: no line of DeepSpeed's among a run's own
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as workflow does: no line of DeepSpeed's among a run's own
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin would slow their neighbours on a busy machine
 

@@ -26,7 +26,7 @@ from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
 from burnish.model.patch import gathered, shape_of, size_of
 from burnish.model.positions import scale_positions
-from burnish.model.source import find_model, first_line, is_native, model_problems, runs_own_code
+from burnish.model.source import find_model, first_line, is_native, model_problems, read_json, runs_own_code
 
 SHOWN = 4  # names of weights or tokens in a message; more would hide what it says
 ROWS_MULTIPLE = 64  # a grown vocabulary is rounded up to this, which matrix units of a GPU want
@@ -49,7 +49,7 @@ def load_model(
     folder = find_model(args, weights=True)
     if problems := model_problems(folder, args):
         raise UserError(problems)
-    if is_native(folder) and any(folder.glob("*.py")):
+    if is_native(folder) and "auto_map" in read_json(folder / "config.json"):
         console.warn(
             f"{args.model_name_or_path}: its .py files are not run: burnish has code for this model, and under "
             "transformers 5 theirs would fill attn.c_proj with random numbers"

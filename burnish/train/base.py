@@ -18,6 +18,8 @@ from burnish.model.head import CausalLoss
 from burnish.train.distributed import stage_of
 from burnish.train.peers import Peers
 
+NOT_MEASURED: tuple[int, dict[str, float]] = (-1, {})
+
 
 class TrainerFrame:
     """The parts of a run.
@@ -52,6 +54,7 @@ class TrainerFrame:
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback, *reporters, *callbacks], self.model, processing_class, None, None
         )
+        self.measured = NOT_MEASURED  # the step of the latest evaluation while training, and its metrics
         self.peers = Peers()
         self.is_divided = stage_of(args) > 0  # among the processes, by DeepSpeed
         self.control = TrainerControl()

@@ -35,6 +35,11 @@ class Evaluation(TrainerFrame):
         self.tell("on_evaluate", metrics=metrics)
         return metrics
 
+    def evaluate_at_end(self) -> dict[str, float]:
+        """The metrics of the final weights: those of the last step, where it ended with an evaluation."""
+        step, metrics = self.measured
+        return metrics if step == self.state.global_step else self.evaluate()
+
     def evaluation_loop(self, dataloader: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Sums on the device over all batches; nothing of a batch is kept, so memory does not grow with the set.
 

@@ -157,6 +157,9 @@ class LocalUpdate:
             save_file(masters, folder / MASTERS_FILE)
 
     def load(self, folder: Path) -> None:
+        if not (folder / OPTIMIZER_FILE).is_file():
+            remedy = "go on with the same --deepspeed, or begin anew from it as a model"
+            raise UserError(Problem(str(folder), "", None, "was written under ZeRO and cannot be resumed", remedy))
         device = next(iter(self.weights.values())).device
         if (folder / MASTERS_FILE).is_file():
             self.masters.load_state_dict(load_file(folder / MASTERS_FILE, device=str(device)))

@@ -29,6 +29,7 @@ from burnish.errors import Problem, RunStopped, UserError
 from burnish.model.head import unwrap
 from burnish.model.patch import size_of
 from burnish.train import checkpoint
+from burnish.train.base import NOT_MEASURED
 from burnish.train.evaluate import Evaluation
 from burnish.train.interrupt import STOPPING, Interrupt
 from burnish.train.nonfinite import FiniteGuard, StepRecord, diagnose
@@ -75,6 +76,7 @@ class Trainer(Evaluation):
         self.loss_since_log = torch.zeros((), device=self.device)  # mean losses of the steps since then, added up
         self.total_loss = 0.0  # the same over all steps that were logged
         self.last_logged_step = 0
+        self.measured = NOT_MEASURED
         self.last_saved_step = -1
         self._grad_norm: Tensor | None = None
         self._learning_rate = current_learning_rate(self.optimizer)
@@ -173,6 +175,7 @@ class Trainer(Evaluation):
             self.log(logs)
         if self.control.should_evaluate:
             metrics = self.evaluate()
+            self.measured = (self.state.global_step, metrics)
             if steps_on_metric(self.lr_scheduler):
                 self.lr_scheduler.step(self.metric_for_best(metrics))
             is_best = self.note_best(metrics)
@@ -233,6 +236,8 @@ class Trainer(Evaluation):
         self.log(metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
+            if self.state.best_global_step != self.state.global_step:
+                self.measured = NOT_MEASURED
         self.peers.wait()
         self.tell("on_train_end")
         return TrainOutput(self.state.global_step, train_loss, metrics)

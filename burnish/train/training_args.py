@@ -63,6 +63,9 @@ def build(values: dict[str, Any], **more: Any) -> TrainingArguments:
         values.setdefault("metric_for_best_model", "loss")
     if str(values.get("metric_for_best_model")).endswith("perplexity"):
         values.setdefault("greater_is_better", False)  # transformers takes all but a loss for the larger the better
+    if values.get("deepspeed") and not values.get("do_train"):
+        del values["deepspeed"]
+        console.warn("deepspeed is not used: it divides what is trained, and this run only evaluates")
     installed = {one.name for one in mirror()}
     for new, old in CHECKPOINTING.items():
         if new in installed and old in values:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
-from small import samples
+from small import samples, small_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from burnish.data.loader import EpochOrder, StreamOrder, collate, make_collate, make_loader, order_of
+from burnish.data.loader import EpochOrder, Share, StreamOrder, collate, make_collate, make_loader, order_of
 from burnish.data.store import SampleStore
+from burnish.model.head import CausalLoss
+from burnish.model.probe import choose_path
 from burnish.types import IGNORE_INDEX, Sample
 
 PAD = 5
@@ -80,6 +84,53 @@ def test_the_last_batch_may_be_smaller_or_dropped(drop_last, sizes):
 
 def test_without_shuffling_rows_come_as_they_stand():
     assert list(EpochOrder(5, 2, seed=42, strategy="sequential")) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("of", [2, 3])
+def test_processes_share_every_batch_among_them(of):
+    whole = EpochOrder(43, 2 * of, seed=5)
+    shares = [EpochOrder(43, 2, seed=5, share=Share(rank, of)) for rank in range(of)]
+    assert {len(share) for share in shares} == {len(whole)}  # as many passes in each
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(indices(parts)) == sorted(batch)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_processes_share_a_stream_among_them():
+    rows = samples(10)
+    seen = [[row.place for row in islice(StreamOrder(Stream(10), 2, Share(rank, 2)), 5)] for rank in range(2)]
+    assert seen == [[row.place for row in rows[0::2]], [row.place for row in rows[1::2]]]
+
+
+def test_grouped_by_length_a_batch_holds_samples_of_about_one_length_and_the_longest_come_first():
+    lengths = np.random.default_rng(0).integers(1, 1000, 1001)
+    order = EpochOrder(1001, 4, seed=1, strategy="group_by_length", lengths=lengths)
+    batches = list(order)
+    assert sorted(indices(batches)) == list(range(1001))
+    assert max(lengths[batches[0]]) == max(lengths)
+    spread = np.mean([np.ptp(lengths[batch]) for batch in batches])
+    assert spread < 0.05 * np.mean([np.ptp(lengths[batch]) for batch in EpochOrder(1001, 4, seed=1)])
+    order.set_epoch(1)
+    assert list(order) != batches
+
+
+def test_a_loader_groups_a_store_by_its_lengths():
+    store = SampleStore.from_samples(samples(60, longest=200))
+    loader = make_loader(store, 4, collate, seed=0, strategy="group_by_length")
+    assert next(iter(loader)).inputs["max_length_q"] == store.lengths.max()
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_process_with_no_row_of_a_batch_computes_a_pass_that_teaches_nothing(padding_free):
+    model = small_model()
+    path = choose_path(model) if padding_free else None
+    make = make_collate(padding_tokenizer(), padding_free=padding_free)
+    batch = make([])
+    assert (batch.num_trained, batch.num_tokens, batch.places) == (0, 0, ())
+    loss = CausalLoss(model, fused=bool(path and path.fused_head))(batch).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 # ---- samples laid end to end -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import ROOT, losses, make_run, run, weights
 from small import arguments, samples, small_model, trainer
 from transformers import TrainerCallback
 
@@ -22,6 +23,8 @@ from burnish.kernels import lora_linear as lora_kernel
 from burnish.model.attention import _by_document, packed_attention
 from burnish.model.head import CausalLoss
 from burnish.model.probe import choose_path
+from burnish.model.qwen import QWenLMHeadModel
+from burnish.model.qwen_config import QWenConfig
 from burnish.train.checkpoint import last_checkpoint
 from burnish.tuning.fuse import fuse_lora
 
@@ -154,3 +157,37 @@ def test_ten_steps_on_the_device_follow_ten_on_the_cpu(tmp_path):
         run.train()
         losses.append([e["loss"] for e in run.state.log_history if "loss" in e])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision, rounding", [([], 1e-4), (["--bf16"], 2e-2), (["--fp16"], 2e-2)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_on_a_gpu_what_the_plain_run_does(tmp_path, stage, precision, rounding):
+    pytest.importorskip("deepspeed")
+    words = [*make_run(tmp_path), "--finetuning_type", "full", "--per_device_train_batch_size", "4", *precision]
+    config = ROOT / "examples" / "deepspeed" / f"ds_z{stage}_config.json"
+    plain = run(1, [*words, "--output_dir", str(tmp_path / "plain")])
+    run(1, [*words, "--output_dir", str(tmp_path / "zero"), "--deepspeed", str(config)])
+    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "plain"), rel=rounding)
+    assert weights(tmp_path / "zero").keys() == weights(tmp_path / "plain").keys()
+    assert ("computing in bf16" in plain) == ("--fp16" in precision)
+
+
+@pytest.mark.filterwarnings("ignore:Requested unified CUBLASLT workspace")  # full_determinism made it small
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_the_first_qwen_takes_the_fast_path_and_gives_the_loss_of_its_documents(dtype, rounding):
+    torch.manual_seed(0)
+    config = QWenConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, kv_channels=16, vocab_size=211,
+                        intermediate_size=256, seq_length=128)  # fmt: skip
+    model = QWenLMHeadModel(config).to(DEVICE, dtype)
+    path = choose_path(model)
+    assert path.padding_free and path.fused_head, str(path)
+    rows = samples(12, longest=100)
+    objective = CausalLoss(model.train(), fused=True)
+    packed = objective(collate(rows).to(torch.device(DEVICE))).loss
+    packed.backward()
+    gradient = model.transformer.h[0].attn.c_attn.weight.grad.clone()
+    model.zero_grad()
+    alone = sum(objective(collate([row]).to(torch.device(DEVICE))).loss for row in rows)
+    alone.backward()
+    assert packed.item() == pytest.approx(alone.item(), rel=rounding)
+    assert distance(gradient, model.transformer.h[0].attn.c_attn.weight.grad) < 10 * rounding

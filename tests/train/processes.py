@@ -37,7 +37,8 @@ def make_run(folder: Path, family: str = "qwen3", rows: int = 54, **model: Any) 
 
 def environment(**more: str) -> dict[str, str]:
     """One thread a process: two processes of two threads each on two cores would wait for each other."""
-    found = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    found = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found["PATH"]])
     return found
 
