@@ -57,11 +57,30 @@ def test_both_readmes_have_the_same_code_and_the_same_names_in_their_tables():
     assert [text_of(readme).count("\n## ") for readme in READMES] == [text_of().count("\n## ")] * 2
 
 
-@pytest.mark.parametrize("readme", [*READMES, "data/README.md", "examples/README.md"])
-def test_every_link_leads_to_a_file(readme):
-    targets = re.findall(r"\]\(([^)]+)\)", text_of(readme))
-    here = [target for target in targets if "://" not in target]
-    assert [target for target in here if not ((ROOT / readme).parent / target).exists()] == []
+PAGES = [
+    *READMES,
+    "data/README.md",
+    "examples/README.md",
+    *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_or_a_heading(page):
+    here = [target for target in re.findall(r"\]\(([^)]+)\)", text_of(page)) if "://" not in target]
+    assert [target for target in here if not leads_somewhere(page, target)] == []
+
+
+def leads_somewhere(page: str, target: str) -> bool:
+    path, _, heading = target.partition("#")
+    place = (ROOT / page).parent / path if path else ROOT / page
+    return place.exists() and (not heading or heading in anchors(place.read_text(encoding="utf-8")))
+
+
+def anchors(text: str) -> list[str]:
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
 
 
 def test_every_place_of_the_tree_is_there():
@@ -115,10 +134,26 @@ def test_the_commands_of_burnish_are_accepted_as_they_stand(desk):
     from burnish.arguments.parse import parse_command
 
     run = [words for words in commands("burnish") if "quickstart/identity.yaml" not in words]
-    assert {words[1] for words in run} == {"train", "chat"}
-    assert len(run) == 5
+    assert {words[1] for words in run} == {"train", "chat", "api", "export"}
+    assert len(run) == 9
     for words in run:
         parse_command(words[1], words[2:])
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_commands_of_launchers_start_a_script_that_is_there_with_settings_that_are_accepted(desk, launcher):
+    from burnish.arguments.parse import parse_command
+
+    ((*_, script), given) = split_at_script(commands(launcher))
+    assert (ROOT / script).is_file()
+    parse_command("train", given)
+
+
+def split_at_script(found: list[list[str]]) -> tuple[list[str], list[str]]:
+    """The one command of a launcher: its own words with the script, and what the script is given."""
+    (words,) = found
+    (place,) = [number for number, word in enumerate(words) if word.endswith(".py")]
+    return words[: place + 1], words[place + 1 :]
 
 
 def test_the_yaml_is_a_whole_run_and_the_command_line_wins_over_it(desk):

@@ -22,4 +22,4 @@ def test_every_value_of_the_walk_is_what_the_code_gives(tmp_path, fixture_path, 
         str(PAGE), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     )
     assert result.failed == 0
-    assert result.attempted == examples > 50
+    assert result.attempted == examples > 100
