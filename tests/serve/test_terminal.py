@@ -77,6 +77,8 @@ class Terminal:
         self.screen, self.raw = "", ""  # what was not yet expected, and all there ever was, with colours
 
     def type(self, keys: str) -> None:
+        if "\x03" in keys:
+            time.sleep(0.3)  # readline shows the prompt a moment before it hears signals; a person is slower than that
         os.write(self.keys, keys.encode())
 
     def expect(self, pattern: str, seconds: float = 120.0) -> str:
