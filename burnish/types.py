@@ -152,3 +152,7 @@ class EncodesMessages(Protocol):
         train_on_prompt: bool = False,
         mask_history: bool = False,
     ) -> list[Encoded]: ...
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what it makes of a conversation, but for the tokenizer, in values that JSON can hold."""
+        ...

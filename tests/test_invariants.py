@@ -17,11 +17,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from small import CONFIGS, arguments, samples, small_model, trainer
+from theirs import Rows, collator
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Gemma3TextConfig,
+    TrainerCallback,
+)
 from transformers import Trainer as TransformersTrainer
 
-from burnish.data.loader import collate, collate_padded
+from burnish.data.loader import collate, collate_padded, make_loader
 from burnish.model.head import CausalLoss
 from burnish.model.probe import choose_path
 from burnish.model.qwen import QWenConfig, register
@@ -30,31 +36,9 @@ from burnish.types import IGNORE_INDEX
 
 register()
 CONFIGS["the first qwen"] = QWenConfig
+CONFIGS["gemma 3"] = Gemma3TextConfig
 KINDS = ["qwen3", "llama", "the first qwen"]
 RTOL_LOSS, RTOL_GRADIENT, RTOL_20_STEPS = 1e-6, 1e-5, 1e-4
-
-
-class Padding:
-    """The least of a tokenizer that DataCollatorForSeq2Seq asks for: pads with id 0 on the right."""
-
-    padding_side, pad_token_id, deprecation_warnings = "right", 0, {}
-
-    def pad(self, features, padding=True, max_length=None, pad_to_multiple_of=None, return_tensors=None):
-        longest = max(len(f["input_ids"]) for f in features)
-        longest = -(-longest // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-        return {
-            key: torch.tensor(
-                [f[key] + [0 if key != "labels" else IGNORE_INDEX] * (longest - len(f[key])) for f in features]
-            )
-            for key in features[0]
-        }
-
-    def save_pretrained(self, folder) -> None:
-        """transformers' Trainer saves what its collator pads with."""
-
-
-def collator() -> DataCollatorForSeq2Seq:
-    return DataCollatorForSeq2Seq(Padding(), pad_to_multiple_of=8)
 
 
 def loss_and_gradients(model, batches, *, objective=None):
@@ -104,6 +88,45 @@ def test_samples_end_to_end_give_what_padded_batches_and_plain_transformers_give
     loss = plain(**batch).loss
     loss.backward()
     agree(packed, (loss.item(), torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])))
+
+
+ROW = 100  # tokens of a packed row
+WINDOW = 8  # of Gemma 3's sliding layers: less than a row, and than most samples
+PACKED = {kind: {} for kind in KINDS} | {
+    "gemma 3": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_rows_give_what_their_samples_give_by_themselves_and_padded(kind):
+    rows = samples(24)
+    packed = list(make_loader(rows, 1, collate, seed=3, pack_to=ROW))
+    assert len(packed) < 8 and max(len(batch.places) for batch in packed) > 3
+    assert min(batch.inputs["max_length_q"] for batch in packed) > WINDOW
+    model = prepared(kind, **PACKED[kind])
+    by_rows = loss_and_gradients(model, packed)
+    agree(by_rows, loss_and_gradients(model, list(make_loader(rows, 4, collate, seed=3, pack_to=ROW))))
+    agree(by_rows, loss_and_gradients(model, [collate([row]) for row in rows]))
+    agree(by_rows, loss_and_gradients(small_model(kind, **PACKED[kind]), [collate_padded(rows, collator=collator())]))
+    if kind == "gemma 3":  # so the window does show
+        wide = prepared(kind, **PACKED[kind] | {"sliding_window": 1000})
+        assert (loss_and_gradients(wide, packed)[1] - by_rows[1]).norm() > 1e-3 * by_rows[1].norm()
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_packed_run_follows_one_whose_steps_hold_the_same_samples(kind, tmp_path):
+    """Ten epochs of one step: the rows differ from epoch to epoch, the samples of a step do not."""
+    rows, runs = samples(24), []
+    for name, more in [("packed", {"pack_to": ROW}), ("unpacked", {})]:
+        args = arguments(tmp_path / name, per_device_train_batch_size=24, num_train_epochs=10, max_grad_norm=1.0)
+        run = trainer(small_model(kind, **PACKED[kind]), args, rows, **more)
+        run.train()
+        runs.append([(entry["loss"], entry["grad_norm"]) for entry in run.state.log_history if "loss" in entry])
+    assert len(runs[0]) == 10
+    assert runs[0] == [pytest.approx(entry, rel=RTOL_20_STEPS) for entry in runs[1]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -257,18 +280,6 @@ class Recorder(TrainerCallback):
                 self.rates.append(lr_scheduler.get_last_lr()[0])
 
         return note
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        row = self.rows[index]
-        return {"input_ids": row.input_ids.tolist(), "attention_mask": [1] * len(row), "labels": row.labels.tolist()}
 
 
 CASES = {

@@ -84,6 +84,15 @@ class Renderer:
         name = "tool_use" if tools and "tool_use" in self._source else "default"
         return self._source[name] if name in self._source else next(iter(self._source.values()))
 
+    def identity(self) -> dict[str, Any]:
+        """All that decides what it renders."""
+        return {
+            "jinja": self._source,
+            "variables": self._variables,
+            "default_system": self._default_system,
+            "look_alikes_are_text": self._look_alike is not None,
+        }
+
     def chat(self, messages: list[Any]) -> Chat:
         """Messages as templates take them: a system message where one is wanted, no key that is None, no `train`."""
         chat = [self._message(message) for message in messages]

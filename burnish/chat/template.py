@@ -145,6 +145,10 @@ class ChatTemplate:
         left_out = [self._turn(chat, i, tools, whole) for i in answers if i not in wanted]
         return with_prompts(drafts or [Draft(self._encoder, whole)], left_out, eos_id, self.stop_ids)
 
+    def identity(self) -> dict[str, Any]:
+        """All that decides what `encode` gives, but for the tokenizer."""
+        return {**self._renderer.identity(), "stop_ids": self.stop_ids}
+
     def parse(self, ids: Sequence[int]) -> Message:
         """What the model answered, up to its end token: words, thoughts (`reasoning_content`) and tool calls.
 

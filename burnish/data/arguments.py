@@ -38,6 +38,13 @@ class DataArguments:
     overlong: Literal["truncate", "drop"] = field(
         default="truncate", metadata={"help": "Samples beyond cutoff_len lose their oldest turns, or are left out."}
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "A batch is per_device_train_batch_size rows of up to cutoff_len tokens, each of several samples "
+            "that do not see each other. Stage pt always has such rows."
+        },
+    )
     train_on_prompt: bool = field(default=False, metadata={"help": "Train on the prompt's tokens too."})
     mask_history: bool = field(default=False, metadata={"help": "Train on a conversation's last answer only."})
     ignore_pad_token_for_loss: bool = field(
@@ -69,12 +76,16 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; needs max_steps."})
     buffer_size: int = field(default=16384, metadata={"help": "streaming: rows among which order is shuffled."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Has no effect: tokens are made anew by every run."})
+    tokenized_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder to keep tokens in; else those of many rows are kept in ~/.cache/burnish/tokens."},
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Make tokens anew where an earlier run kept them."})
 
 
-NOTHING_TO_CHANGE = {"overwrite_cache": "tokens are not kept between runs yet"}
+NOTHING_TO_CHANGE: dict[str, str] = {}
 
-DO_NOT_TRAIN = {"overwrite_cache", "eval_on_each_dataset"}
+DO_NOT_TRAIN = {"overwrite_cache", "tokenized_path", "eval_on_each_dataset"}
 
 OF_CONVERSATIONS = ("overlong", "train_on_prompt", "mask_history", "default_system", "enable_thinking")
 
@@ -98,7 +109,10 @@ def idle(settings: Settings) -> list[tuple[str, str, str]]:
     if settings.value("stage") != "pt":
         return []
     named = [name for name in OF_CONVERSATIONS if settings.differs_from_default(name)]
-    return [(name, "", "is not used in stage pt: a text is learned as it stands") for name in named]
+    packing = (
+        [("packing", "", "has no effect in stage pt: its rows are always full")] if settings.given("packing") else []
+    )
+    return packing + [(name, "", "is not used in stage pt: a text is learned as it stands") for name in named]
 
 
 def _combinations(settings: Settings) -> list[Problem]:
@@ -114,7 +128,7 @@ def _combinations(settings: Settings) -> list[Problem]:
         found.append(settings.problem("mask_history", "and train_on_prompt exclude each other", "leave one out"))
     if value("eval_on_each_dataset") and not value("eval_dataset"):
         found.append(settings.problem("eval_on_each_dataset", "has no eval_dataset", "name the sets in eval_dataset"))
-    return found + _mixing(settings) + _streaming(settings)
+    return found + _mixing(settings) + _streaming(settings) + _packing(settings)
 
 
 def _mixing(settings: Settings) -> list[Problem]:
@@ -145,6 +159,26 @@ def _streaming(settings: Settings) -> list[Problem]:
         found.append(settings.problem("streaming", "does not know how many rows there are", "set max_steps"))
     if 0 < settings.value("val_size") < 1:
         found.append(settings.problem("val_size", "is a share, which streaming cannot know", "give a number of rows"))
+    return found
+
+
+def _packing(settings: Settings) -> list[Problem]:
+    """What cannot go with rows of several samples. Whether the model can take them is seen when it is loaded."""
+    value, found = settings.value, []
+    if not value("packing") or value("stage") != "sft":
+        return []
+    if value("streaming"):
+        found.append(settings.problem("packing", "needs all rows at hand, not a stream", "leave one of them out"))
+    if value("train_sampling_strategy") == "group_by_length":
+        message = "and train_sampling_strategy: group_by_length exclude each other"
+        found.append(settings.problem("packing", message, "leave one out, packed rows have one length"))
+    if value("flash_attn") not in ("auto", "fa2", "fa3"):
+        message = "needs an attention that keeps samples apart, and flash_attn asks for the model's own"
+        found.append(settings.problem("packing", message, "set flash_attn: auto"))
+    if not value("ignore_pad_token_for_loss"):
+        found.append(
+            settings.problem("packing", "leaves no padding for ignore_pad_token_for_loss: false", "leave one out")
+        )
     return found
 
 

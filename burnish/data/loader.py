@@ -2,9 +2,9 @@
 
 The order of epoch e is a permutation drawn from (seed, e) alone, so any position can be found again without replaying
 what came before: that is what makes a resumed run see the same rows. Of several processes each takes its share of the
-same order. `collate` lays samples end to end;
-`collate_padded` makes the padded batches of models that need them. A torch `DataLoader` puts both together, so its
-workers, pinning and prefetching are at the user's disposal (`dataloader_*`).
+same order. `collate` lays samples end to end; `collate_padded` makes the padded batches of models that need them. A
+torch `DataLoader` puts both together, so its workers, pinning and prefetching are at the user's disposal
+(`dataloader_*`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from burnish.data.packing import Packing, pack
 from burnish.types import IGNORE_INDEX, Batch, Sample
 
 Collate = Callable[[Sequence[Sample]], Batch]
@@ -51,6 +52,9 @@ class EpochOrder(Sampler[list[int]]):
 
     `strategy`: random, sequential, or group_by_length (random, but a batch holds samples of about one length, which
     padding gains from), for which `lengths` are needed.
+
+    With `pack_to` a batch is rows of up to so many tokens (data/packing.py) in the place of samples, and what is given
+    are the samples of its rows. Every epoch has other rows, and as many of them.
     """
 
     def __init__(
@@ -63,9 +67,12 @@ class EpochOrder(Sampler[list[int]]):
         drop_last: bool = False,
         share: Share = WHOLE,
         lengths: np.ndarray | None = None,
+        pack_to: int | None = None,
     ):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size * share.of, seed
-        self.strategy, self.drop_last, self.share, self.lengths = strategy, drop_last, share, lengths
+        self.strategy, self.drop_last, self.share = strategy, drop_last, share
+        self.lengths, self.pack_to = lengths, pack_to
+        self.num_rows = num_samples if pack_to is None else len(pack(self._known_lengths(), pack_to))
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -73,26 +80,42 @@ class EpochOrder(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch, whatever is skipped."""
-        whole, rest = divmod(self.num_samples, self.batch_size)
+        whole, rest = divmod(self.num_rows, self.batch_size)
         return whole + (0 if self.drop_last or not rest else 1)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        rng = np.random.default_rng([self.seed, self.epoch])
+        packing = None if self.pack_to is None else self._packing(rng)
+        order = self._order(rng) if packing is None else self._order_of_rows(packing, rng)
         for batch in range(self.skip, len(self)):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield rows[self.share.rank :: self.share.of].tolist()
+            mine = rows[self.share.rank :: self.share.of].tolist()
+            yield mine if packing is None else [sample for row in mine for sample in packing[row]]
 
-    def _order(self) -> np.ndarray:
+    def _packing(self, rng: np.random.Generator) -> Packing:
+        assert self.pack_to is not None
+        return pack(self._known_lengths(), self.pack_to, None if self.strategy == "sequential" else rng)
+
+    def _order_of_rows(self, packing: Packing, rng: np.random.Generator) -> np.ndarray:
+        if self.strategy == "sequential":  # as nearly as packing can: by the first sample of each row
+            return np.argsort(packing.first_samples)
+        return rng.permutation(len(packing))
+
+    def _known_lengths(self) -> np.ndarray:
+        assert self.lengths is not None
+        return self.lengths
+
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
         if self.strategy == "sequential":
             return np.arange(self.num_samples)
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        order = rng.permutation(self.num_samples)
         if self.strategy != "group_by_length":
             return order
-        assert self.lengths is not None
+        lengths = self._known_lengths()
         size = BATCHES_SORTED_TOGETHER * self.batch_size
         groups = [order[start : start + size] for start in range(0, self.num_samples, size)]
-        longest_first = np.concatenate([group[np.argsort(-self.lengths[group], kind="stable")] for group in groups])
-        longest = int(np.argmax(self.lengths[longest_first]))  # its batch first: what does not fit shows at once
+        longest_first = np.concatenate([group[np.argsort(-lengths[group], kind="stable")] for group in groups])
+        longest = int(np.argmax(lengths[longest_first]))  # its batch first: what does not fit shows at once
         first = longest - longest % self.batch_size
         return np.concatenate(
             [
@@ -136,15 +159,19 @@ def make_loader(
     strategy: str = "random",
     drop_last: bool = False,
     share: Share = WHOLE,
+    pack_to: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> DataLoader:
     """A DataLoader of `Batch`es over a store or a stream. `options` are torch's (num_workers, pin_memory, ...).
+
+    With `pack_to` a batch of a store is `batch_size` rows of up to so many tokens, each of several samples.
 
     Its own generator keeps the global rng out of it: an epoch's beginning must not move the dropout of a resumed run.
     """
     options = dict(options or {})
     generator = torch.Generator()
     if not hasattr(samples, "__getitem__"):
+        assert pack_to is None, "a stream is not packed"  # data/arguments.py refuses it by name
         options |= {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}  # one reader, one order
         order = StreamOrder(samples, batch_size, share)
         return DataLoader(
@@ -157,7 +184,8 @@ def make_loader(
         strategy=strategy,
         drop_last=drop_last,
         share=share,
-        lengths=_lengths(samples) if strategy == "group_by_length" else None,
+        lengths=_lengths(samples) if pack_to or strategy == "group_by_length" else None,
+        pack_to=pack_to,
     )
     return DataLoader(samples, batch_sampler=order, collate_fn=collate, generator=generator, **options)
 

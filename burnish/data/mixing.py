@@ -71,14 +71,15 @@ def sample(rows: Sequence[T], number: int, seed: int) -> list[T]:
     return [rows[index] for index in np.concatenate([chosen, again]).tolist()]
 
 
-def split(rows: Sequence[T], val_size: float, seed: int) -> tuple[list[T], list[T]]:
-    """(rows to train on, rows set aside), each in their order. 54 rows with 0.2 are 43 and 11: a share rounds up."""
-    number = math.ceil(val_size * len(rows)) if val_size < 1 else int(val_size)
-    if number >= len(rows):
-        message = f"would set aside all of {len(rows)} rows"
+def set_aside(num_rows: int, val_size: float, seed: int) -> np.ndarray:
+    """Which rows are kept for evaluation, [num_rows] bool. Of 54 rows 0.2 are 11: a share rounds up."""
+    number = math.ceil(val_size * num_rows) if val_size < 1 else int(val_size)
+    if number >= num_rows:
+        message = f"would set aside all of {num_rows} rows"
         raise UserError(Problem("data", "val_size", val_size, message, "give a smaller number, or an eval_dataset"))
-    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    return [rows[index] for index in sorted(order[number:])], [rows[index] for index in sorted(order[:number])]
+    aside = np.zeros(num_rows, dtype=bool)
+    aside[np.random.default_rng(seed).permutation(num_rows)[:number]] = True
+    return aside
 
 
 def shuffled(rows: Iterable[T], buffer_size: int, seed: Sequence[int]) -> Iterator[T]:

@@ -6,14 +6,18 @@ is what a run prints, `check()` is what stops it when too many rows cannot be us
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from burnish.errors import Problem, UserError
 from burnish.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
+    from burnish.data.packing import Packing
     from burnish.data.store import SampleStore
 
 HAS_NO_COLUMN = "has no column"  # how that reason of a bad row begins
@@ -53,10 +57,12 @@ class DataReport:
     dropped: dict[str, Tally] = field(default_factory=dict)  # samples, by reason
     cut: dict[str, Tally] = field(default_factory=dict)  # samples, by what they lost
     straddled: int = 0  # borders of trained spans where one token was cut in two
-    duplicates: int = 0  # rows equal to an earlier one
+    duplicates: int = 0  # rows equal to an earlier one, once `count_duplicates` was called
     notes: list[str] = field(default_factory=list)
     parts: dict[str, Part] = field(default_factory=dict)
-    seen: set[int] | None = field(default_factory=set)  # hashes of rows; None where duplicates are not looked for
+    packed: Packing | None = None  # the rows of train, with packing
+    # 64 bits of each row's hash: a set of them would need ten times the memory. None: duplicates are not looked for.
+    hashes: array[int] | None = field(default_factory=lambda: array("Q"))
 
     def add(self, kind: str, reason: str, place: str) -> None:
         """Count one row or sample under `bad`, `dropped` or `cut`."""
@@ -76,15 +82,27 @@ class DataReport:
         self.rows += later.rows
         self.kept += later.kept
         self.straddled += later.straddled
-        self.duplicates += later.duplicates
-        if self.seen is not None and later.seen is not None:
-            self.duplicates += len(self.seen & later.seen)
-            self.seen |= later.seen
+        if self.hashes is not None and later.hashes is not None:
+            self.hashes.extend(later.hashes)
         for mine, theirs in ((self.bad, later.bad), (self.dropped, later.dropped), (self.cut, later.cut)):
             for reason, tally in theirs.items():
                 mine.setdefault(reason, Tally(0, tally.first)).count += tally.count
         for line in later.notes:
             self.note(line)
+
+    def count_duplicates(self) -> None:
+        if self.hashes is not None:
+            self.duplicates = len(self.hashes) - len(np.unique(np.array(self.hashes, dtype=np.uint64)))
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is kept beside tokens: without hashes, and without the rows that this run packs its samples into."""
+        return asdict(replace(self, hashes=None, packed=None))
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> DataReport:
+        tallies = {kind: {r: Tally(**t) for r, t in value[kind].items()} for kind in ("bad", "dropped", "cut")}
+        parts = {name: Part(**part) for name, part in value["parts"].items()}
+        return cls(**{**value, **tallies, "parts": parts})
 
     @property
     def num_bad(self) -> int:
@@ -113,6 +131,8 @@ class DataReport:
             yield f"data: {self.rows:,} rows, {self.kept:,} of them used"
         for name, part in self.parts.items():
             yield f"  {name}: {part}"
+        if self.packed is not None:
+            yield f"  packed: {_as_rows(self.packed)}"
         for heading, tallies in (("bad row", self.bad), ("dropped", self.dropped), ("cut", self.cut)):
             for reason, tally in _by_count(tallies):
                 yield f"  {heading}: {reason}: {tally}"
@@ -121,6 +141,11 @@ class DataReport:
         if self.straddled:
             yield f"  borders: an answer began or ended inside a token, cut in two there, {self.straddled:,} times"
         yield from (f"  {line}" for line in self.notes)
+
+
+def _as_rows(packing: Packing) -> str:
+    rows = f"{len(packing):,} {'row' if len(packing) == 1 else 'rows'} of up to {packing.capacity:,} tokens"
+    return f"{rows}, {packing.fill:.1%} full, {len(packing.samples) / len(packing):.1f} samples a row"
 
 
 def _by_count(tallies: dict[str, Tally]) -> list[tuple[str, Tally]]:

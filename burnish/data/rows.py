@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from burnish.errors import Problem, UserError
 
@@ -26,6 +26,9 @@ NOT_UTF8 = "is not UTF-8"
 NOT_AN_OBJECT = "is not a JSON object"
 
 _GAP = re.compile(r"[\s,]*")  # between two rows of an array or of a stream of objects
+_BLANK = re.compile(r"\s*")
+_WINDOW = 2**20  # characters of a JSON file that are read at once
+_LONGEST_WORD = 16  # -Infinity, \ud83d: what a window's end may cut and a decoder not understand
 _NOT_UTF8_BYTE = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte that is not UTF-8
 
 
@@ -84,56 +87,116 @@ def _parse_line(line: bytes, place: str) -> Row:
 
 def _read_json(path: str) -> Iterator[Row]:
     """An array of objects, or objects one after the other, on one line each or on many."""
-    with open(path, "rb") as file:
-        data = file.read()
-    _starts_with(data[:4096], path)
-    text = data.decode("utf-8-sig", errors="surrogateescape")
-    del data
-    decoder = json.JSONDecoder()
-    position = _skip_gap(text, 0)
-    in_array = text.startswith("[", position)
-    position += in_array
-    line, counted, end_of_text = 1, 0, len(text.rstrip())
-    while (position := _skip_gap(text, position)) < len(text):
-        line += text.count("\n", counted, position)
-        counted, place = position, f"{path}:{line}"
-        if in_array and text[position] == "]":
-            if text[position + 1 :].strip():
-                yield Row(None, place, "something stands after the end of the JSON array")
-            return
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            reason = _json_reason(error, end_of_text)
-            yield Row(None, place, reason)
-            position = _next_row(text, position)
-            if position < 0 and reason != CUT_OFF:
-                raise UserError(_lost_rest(error, place)) from error
-            if position < 0:
+    with open(path, "rb") as head:
+        _starts_with(head.read(4096), path)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        window = _Window(file)
+        in_array = window.skip_gap() and window.text[window.at] == "["
+        window.at += in_array
+        while window.skip_gap():
+            place = f"{path}:{window.line()}"
+            if in_array and window.text[window.at] == "]":
+                window.at += 1
+                if window.skip_gap(_BLANK):
+                    yield Row(None, place, "something stands after the end of the JSON array")
                 return
-            continue
-        yield Row(None, place, NOT_UTF8) if _NOT_UTF8_BYTE.search(text, position, end) else _row(value, place)
-        position = end
-    if in_array:
-        yield Row(None, f"{path}:{line + text.count(chr(10), counted)}", CUT_OFF)  # no closing bracket
+            try:
+                value, is_utf8 = window.decode()
+            except (ValueError, RecursionError) as error:
+                reason, before = _json_reason(error, window.end_of_text()), window.before
+                yield Row(None, place, reason)
+                if not window.skip_row():
+                    if reason != CUT_OFF:
+                        raise UserError(_lost_rest(error, place, before)) from error
+                    return
+                continue
+            yield _row(value, place) if is_utf8 else Row(None, place, NOT_UTF8)
+        if in_array:
+            yield Row(None, f"{path}:{window.line()}", CUT_OFF)  # no closing bracket
 
 
-def _skip_gap(text: str, position: int) -> int:
-    match = _GAP.match(text, position)
-    return match.end() if match else position
+class _Window:
+    """The piece of a JSON text that is being read, from the row that `text[at]` begins. It grows to the right where a
+    row reaches beyond it, and what was read is then left behind, so that a file of any size needs a row's memory.
+    """
+
+    def __init__(self, file: TextIO):
+        self._file, self._decoder = file, json.JSONDecoder()
+        self.text, self.at = "", 0
+        self.before = 0  # characters of the window's first line that were left behind
+        self._is_last, self._line, self._counted = False, 1, 0
+
+    def line(self) -> int:
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
+    def skip_gap(self, gap: re.Pattern[str] = _GAP) -> bool:
+        """Go on to what is no gap; False where nothing is left."""
+        while True:
+            if match := gap.match(self.text, self.at):
+                self.at = match.end()
+            if self.at < len(self.text):
+                return True
+            if not self._grow():
+                return False
+
+    def decode(self) -> tuple[Any, bool]:
+        """The value that begins here, and whether it is UTF-8. Raises what `raw_decode` raises."""
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if self._may_go_on(error) and self._grow():
+                    continue
+                raise
+            if end == len(self.text) and self._grow():  # a number may go on
+                continue
+            is_utf8 = not _NOT_UTF8_BYTE.search(self.text, self.at, end)
+            self.at = end
+            return value, is_utf8
+
+    def skip_row(self) -> bool:
+        """Go on from a broken row to the one after it: the next line that opens an object at the same depth."""
+        line = self.text[self.text.rfind("\n", 0, self.at) + 1 : self.at + 1]
+        opening = f"\n{_indent(line)}{{"
+        while (found := self.text.find(opening, self.at)) < 0:
+            if not self._grow():
+                return False
+        self.at = found + len(opening) - 1
+        return True
+
+    def end_of_text(self) -> int:
+        """Where the last word of the file ends, or a place beyond the window."""
+        return len(self.text.rstrip()) if self._is_last else len(self.text) + 1
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Whether it is the window's end that breaks the row, and not the row."""
+        cut_string = error.msg.startswith("Unterminated string")
+        return cut_string or not self.text[error.pos + _LONGEST_WORD :].strip()
+
+    def _grow(self) -> bool:
+        more = "" if self._is_last else self._file.read(max(_WINDOW, len(self.text)))
+        if not more:
+            self._is_last = True
+            return False
+        self.line()
+        line_start = self.text.rfind("\n", 0, self.at) + 1
+        indent = _indent(self.text[line_start : self.at])  # it says later at which depth rows begin
+        self.before = self.at - line_start - len(indent) + (self.before if line_start == 0 else 0)
+        self.text = indent + self.text[self.at :] + more
+        self.at = self._counted = len(indent)
+        return True
 
 
-def _next_row(text: str, position: int) -> int:
-    """Where the row after a broken one begins: the next line that opens an object at the same depth. -1: nowhere."""
-    line_start = text.rfind("\n", 0, position) + 1
-    line = text[line_start : position + 1]
-    indent = line[: len(line) - len(line.lstrip())]
-    found = text.find(f"\n{indent}{{", position)
-    return found + 1 + len(indent) if found >= 0 else -1
+def _indent(line: str) -> str:
+    return line[: len(line) - len(line.lstrip())]
 
 
-def _lost_rest(error: Exception, place: str) -> Problem:
-    where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+def _lost_rest(error: Exception, place: str, before: int) -> Problem:
+    where = ""
+    if isinstance(error, json.JSONDecodeError):
+        where = f" at column {error.colno + (before if error.lineno == 1 else 0)}"
     return Problem(
         place, "", None, f"{NOT_JSON}{where}, and no row after it can be told apart", "mend it, or write one row a line"
     )

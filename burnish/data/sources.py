@@ -3,34 +3,45 @@
     dataset: pairs,more   →  load_single_dataset each  →  mix  →  split by val_size  →  encode  →  SampleStore
 
 `val_size`, `max_samples` and `num_samples` count rows as they stand in files, the broken ones among them. With
-`streaming` rows are read and encoded as they are needed, again in each epoch.
+`streaming` rows are read and encoded as they are needed, again in each epoch. Else a few thousand rows are encoded by
+every run, in memory; more go through a folder of tokens (cache.py), row by row, so that memory does not grow with them.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from burnish.data.cache import Items, TokenFolder, token_cache
 from burnish.data.catalog import get_dataset_list
 from burnish.data.encode import ONE_TOKEN, DocumentFrame, join_documents
 from burnish.data.entry import DatasetAttr, files_of_data
+from burnish.data.fingerprint import describe, fingerprint
 from burnish.data.formats import columns_read, detect_formatting
-from burnish.data.mixing import mix, sample, split
+from burnish.data.mixing import mix, sample, set_aside
 from burnish.data.report import DataReport
 from burnish.data.rows import Row, read_rows, without_nulls
 from burnish.data.store import SampleStore
 from burnish.data.stream import StreamedSamples
 from burnish.data.values import BadRow
-from burnish.data.workers import Item, RowEncoder, encode_items
+from burnish.data.workers import FEW_ROWS, Item, RowEncoder, encode_items
 from burnish.errors import Problem, UserError
 from burnish.types import EncodesMessages
 
 if TYPE_CHECKING:
     from burnish.data.arguments import DataArguments
+
+
+SMALL_DATA = 4 * 2**20  # bytes of files whose rows are encoded faster than tokens are found again
+
+_ASIDE = "eval"  # the name of the rows that val_size sets aside, and of evaluation sets that are joined
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,38 @@ class Hub:
     cache_dir: str | None = None
     token: str | None = None
     revision: str | None = None
+    _loaded: dict[DatasetAttr, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def load(self, attr: DatasetAttr, *, streaming: bool = False) -> Any:
+        """What `datasets` makes of it. A set is asked for once."""
+        if attr not in self._loaded:
+            self._loaded[attr] = self._load(attr, streaming)
+        return self._loaded[attr]
+
+    def files(self, attr: DatasetAttr) -> list[str]:
+        """Where `datasets` keeps its rows on this disk; nowhere, if it holds them in memory."""
+        from datasets import Dataset
+
+        loaded = self.load(attr)
+        return [file["filename"] for file in loaded.cache_files] if isinstance(loaded, Dataset) else []
+
+    def _load(self, attr: DatasetAttr, streaming: bool) -> Any:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        try:
+            return load_dataset(
+                attr.path,
+                name=attr.subset,
+                data_dir=attr.folder,
+                split=attr.split,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                revision=self.revision,
+                streaming=streaming,
+            )
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise _cannot_be_loaded(attr, error) from error
 
 
 @dataclass(frozen=True)
@@ -66,33 +109,92 @@ def get_dataset(
     `template` is for stage sft; pt does without, and takes `split_special_tokens` itself. Raises UserError, with every
     reason, where too many rows are bad or no sample is left.
     """
-    report = DataReport()
+    report, hub = DataReport(), hub or Hub()
     frame = DocumentFrame.of(tokenizer, split_special_tokens=split_special_tokens) if stage == "pt" else None
     encoder = RowEncoder(stage, tokenizer, template, args, frame)
-    open_items = partial(_items, args=args, stage=stage, seed=seed, hub=hub or Hub(), report=report)
+    open_items = partial(_items, args=args, stage=stage, seed=seed, hub=hub, report=report)
+    sets = {"train": get_dataset_list(args), _ASIDE: get_dataset_list(args, args.eval_dataset or [])}
 
-    sources = [partial(open_items, attr) for attr in get_dataset_list(args)]
-    all_rows = partial(mix, sources, args.mix_strategy, args.interleave_probs, seed)
+    all_rows = partial(mix, [partial(open_items, attr) for attr in sets["train"]], *_mixing(args), seed)
+    parts: dict[str, Items] = {}
     train: SampleStore | StreamedSamples | None = None
-    aside: list[Item] = []
-    if sources and args.streaming:
+    if sets["train"] and args.streaming:
         aside = list(itertools.islice(all_rows(), int(args.val_size)))
         train = StreamedSamples(all_rows, encoder, seed=seed, skip=len(aside))
         report.note("train: read while training goes on (streaming)")
-    elif sources:
-        rows = list(all_rows())
-        rows, aside = split(rows, args.val_size, seed) if args.val_size else (rows, [])
-        train = _store("train", rows, encoder, report)
+        parts = {_ASIDE: partial(iter, aside)} if aside else {}
+    elif sets["train"]:
+        parts = _split(all_rows, args.val_size, seed) if args.val_size else {"train": all_rows}
+    parts |= _evaluation(sets[_ASIDE], open_items, each=args.eval_on_each_dataset)
 
-    eval_items = {"eval": aside} if aside else {}
-    for attr in get_dataset_list(args, args.eval_dataset or []):
-        name = _short_name(attr) if args.eval_on_each_dataset else "eval"
-        eval_items.setdefault(name, []).extend(open_items(attr))
-    evaluation = {name: _store(name, items, encoder, report) for name, items in eval_items.items()}
+    folder = None if args.streaming else _token_folder(encoder, sets, hub, seed)
+    if folder:
+        kept = folder.get(parts, encoder, report, overwrite=args.overwrite_cache)
+        stores, report = kept.parts, kept.report
+    else:
+        stores = {name: _in_memory(name, items(), encoder, report) for name, items in parts.items()}
+        report.count_duplicates()
+    train = train or stores.pop("train", None)
 
     report.check(args.max_bad_rows)
-    _check_not_empty({"train": train, **evaluation}, report)
-    return Datasets(train, evaluation, report)
+    _check_not_empty({"train": train, **stores}, report)
+    return Datasets(train, stores, report)
+
+
+def _mixing(args: DataArguments) -> tuple[str, Sequence[float] | None]:
+    return args.mix_strategy, args.interleave_probs
+
+
+def _split(all_rows: Items, val_size: float, seed: int) -> dict[str, Items]:
+    """Two parts of the same rows. These are counted when the first of them is wanted: it means reading them once."""
+
+    @cache
+    def aside() -> np.ndarray:
+        return set_aside(sum(1 for _ in all_rows()), val_size, seed)
+
+    def rows(*, kept_aside: bool) -> Iterator[Item]:
+        return itertools.compress(all_rows(), aside() == kept_aside)
+
+    return {"train": partial(rows, kept_aside=False), _ASIDE: partial(rows, kept_aside=True)}
+
+
+def _evaluation(attrs: Sequence[DatasetAttr], open_items: Any, *, each: bool) -> dict[str, Items]:
+    by_name: dict[str, list[DatasetAttr]] = {}
+    for attr in attrs:
+        by_name.setdefault(_short_name(attr) if each else _ASIDE, []).append(attr)
+    return {
+        name: partial(mix, [partial(open_items, attr) for attr in named], "concat", None, 0)
+        for name, named in by_name.items()
+    }
+
+
+def _token_folder(
+    encoder: RowEncoder, sets: Mapping[str, Sequence[DatasetAttr]], hub: Hub, seed: int
+) -> TokenFolder | None:
+    """Where tokens are kept; None for few rows, which are faster encoded than found, unless the user named a folder."""
+    args, attrs = encoder.args, [attr for part in sets.values() for attr in part]
+    named = args.tokenized_path
+    if not named and _are_few(attrs, args, hub):
+        return None
+    on_hub = {attr: hub.files(attr) for attr in attrs if attr.load_from != "file"}
+    if in_memory := [attr for attr, files in on_hub.items() if not files]:
+        if not named:
+            return None
+        message = "is in memory, with no file that its tokens could be known by"
+        raise UserError(Problem("data", in_memory[0].name, in_memory[0].path, message, "leave out tokenized_path"))
+    description = describe(encoder, sets, seed=seed, files=on_hub)
+    if named:
+        return TokenFolder(Path(named).expanduser(), description, is_named=True)
+    return TokenFolder(token_cache() / fingerprint(description)[:32], description)
+
+
+def _are_few(attrs: Sequence[DatasetAttr], args: DataArguments, hub: Hub) -> bool:
+    """Told without reading a row."""
+    most = [min(filter(None, (args.max_samples, attr.num_samples)), default=None) for attr in attrs]
+    if sum(FEW_ROWS + 1 if number is None else number for number in most) <= FEW_ROWS:
+        return True
+    files = [path for attr in attrs for path in (_files(attr) if attr.load_from == "file" else hub.files(attr))]
+    return sum(os.path.getsize(path) for path in files) <= SMALL_DATA
 
 
 def load_single_dataset(
@@ -102,14 +204,31 @@ def load_single_dataset(
 
     What is left out of a folder is noted in the report.
     """
-    if attr.load_from == "file":
-        rows = _file_rows(attr.path, report or DataReport())
-    else:
-        rows = _hub_rows(attr, hub or Hub(), streaming=args.streaming)
-    if attr.num_samples and not args.streaming:
-        rows = iter(sample(list(rows), attr.num_samples, seed))
+    hub, report = hub or Hub(), report or DataReport()
+
+    def rows() -> Iterator[Row]:
+        if attr.load_from == "file":
+            return _file_rows(attr.path, report)
+        return _hub_rows(attr, hub.load(attr, streaming=args.streaming))
+
+    drawn = attr.num_samples and not args.streaming
     most = [number for number in (attr.num_samples, args.max_samples) if number]
-    return itertools.islice(rows, min(most)) if most else rows
+    return itertools.islice(_drawn(rows, attr.num_samples, seed) if drawn else rows(), min(most, default=None))
+
+
+def _drawn(rows: Callable[[], Iterator[Row]], number: int | None, seed: int) -> Iterator[Row]:
+    """`number` of the rows, in an order of their own. These are held in memory, the others only counted."""
+    assert number
+    chosen = sample(range(sum(1 for _ in rows())), number, seed)
+    wanted = set(chosen)
+    kept = {index: row for index, row in enumerate(rows()) if index in wanted}
+    return (kept[index] for index in chosen)
+
+
+def _files(attr: DatasetAttr) -> list[str]:
+    if not os.path.isdir(attr.path):
+        return [attr.path]
+    return [os.path.join(attr.path, name) for name in files_of_data(attr.path)]
 
 
 def _file_rows(path: str, report: DataReport) -> Iterator[Row]:
@@ -124,29 +243,22 @@ def _file_rows(path: str, report: DataReport) -> Iterator[Row]:
         yield from read_rows(os.path.join(path, name))
 
 
-def _hub_rows(attr: DatasetAttr, hub: Hub, *, streaming: bool) -> Iterator[Row]:
-    from datasets import load_dataset
+def _hub_rows(attr: DatasetAttr, loaded: Any) -> Iterator[Row]:
     from datasets.exceptions import DatasetsError
 
     try:
-        loaded = load_dataset(
-            attr.path,
-            name=attr.subset,
-            data_dir=attr.folder,
-            split=attr.split,
-            cache_dir=hub.cache_dir,
-            token=hub.token,
-            revision=hub.revision,
-            streaming=streaming,
-        )
         for number, row in enumerate(loaded, 1):
             yield Row(without_nulls(dict(row)), f"{attr.path}:{number}")
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = "check its name, subset and split, and the connection; or download it and name the folder"
-        if "script" in reason:
-            remedy = "datasets no longer runs scripts: save its rows as parquet or jsonl, and name that file"
-        raise UserError(Problem("data", attr.name, attr.path, f"cannot be loaded: {reason}", remedy)) from error
+        raise _cannot_be_loaded(attr, error) from error
+
+
+def _cannot_be_loaded(attr: DatasetAttr, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    remedy = "check its name, subset and split, and the connection; or download it and name the folder"
+    if "script" in reason:
+        remedy = "datasets no longer runs scripts: save its rows as parquet or jsonl, and name that file"
+    return UserError(Problem("data", attr.name, attr.path, f"cannot be loaded: {reason}", remedy))
 
 
 def _items(
@@ -183,7 +295,7 @@ def _settled(attr: DatasetAttr, first: dict[str, Any], stage: str, report: DataR
     return attr
 
 
-def _store(name: str, items: Sequence[Item], encoder: RowEncoder, report: DataReport) -> SampleStore:
+def _in_memory(name: str, items: Iterator[Item], encoder: RowEncoder, report: DataReport) -> SampleStore:
     stores = list(encode_items(items, encoder, report))
     if encoder.frame:  # documents → rows
         documents = itertools.chain.from_iterable(stores)

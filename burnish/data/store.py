@@ -3,18 +3,24 @@
     input_ids  [a b c d e f]     offsets [0 3 6]     store[1] = Sample([d e f], …)
     labels     [. b c . . f]
 
-A `SampleStore` is made in memory by the process that encodes; its parts come from several processes and are joined.
+A `SampleStore` is made in memory by the process that encodes. Stores of several processes are joined in memory, or
+written one after the other into the files of a folder (`StoreWriter`), which `open_store` maps into memory: there the
+system keeps what is being read, and the samples of a process cost it no memory of its own.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from burnish.types import IGNORE_INDEX, Sample
+from burnish.types import Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,7 @@ class SampleStore:
     files: tuple[str, ...]  # where samples came from
     place_file: np.ndarray  # [N] int32: index into files
     place_line: np.ndarray  # [N] int64: 0 where a place has no line
+    num_trained: np.ndarray  # [N] int32: trained tokens; a first label never counts, nothing predicts it
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> SampleStore:
@@ -44,6 +51,7 @@ class SampleStore:
             place_file=np.array([files.setdefault(file, len(files)) for file, _ in places], dtype=np.int32),
             place_line=np.array([line for _, line in places], dtype=np.int64),
             files=tuple(files),
+            num_trained=np.array([sample.num_trained for sample in kept], dtype=np.int32),
         )
 
     @classmethod
@@ -60,6 +68,7 @@ class SampleStore:
             tuple(files),
             _joined(places, np.int32),
             _joined([store.place_line for store in stores], np.int64),
+            _joined([store.num_trained for store in stores], np.int32),
         )
 
     def __len__(self) -> int:
@@ -87,14 +96,101 @@ class SampleStore:
         """Tokens of each sample, [N] int32."""
         return np.diff(self.offsets).astype(np.int32)
 
-    @cached_property
-    def num_trained(self) -> np.ndarray:
-        """Trained tokens of each sample, [N] int32. A sample's first label never counts: nothing predicts it."""
-        if not len(self):
-            return np.zeros(0, dtype=np.int32)
-        starts = self.offsets[:-1]  # no sample is empty, which reduceat would need
-        trained = self.labels != IGNORE_INDEX
-        return np.add.reduceat(trained, starts, dtype=np.int32) - trained[starts].astype(np.int32)
+
+# ---- in files --------------------------------------------------------------------------------------------------------
+
+DTYPES = {
+    **dict.fromkeys(("input_ids", "labels", "documents", "place_file", "num_trained"), np.dtype(np.int32)),
+    **dict.fromkeys(("offsets", "document_offsets", "place_line"), np.dtype(np.int64)),
+}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How far the files of a folder are filled: all that is needed to map them, or to go on writing."""
+
+    samples: int = 0
+    tokens: int = 0
+    documents: int = 0
+    files: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Extent:
+        return cls(value["samples"], value["tokens"], value["documents"], tuple(value["files"]))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def count(self, array: str) -> int:
+        """Numbers in the file of an array."""
+        lengths = {"input_ids": self.tokens, "labels": self.tokens, "documents": self.documents}
+        return lengths.get(array, self.samples + array.endswith("offsets"))
+
+
+def open_store(folder: Path, extent: Extent) -> SampleStore:
+    """The store in a folder's files. Raises OSError where they are not those of the extent."""
+    return SampleStore(
+        files=extent.files, **{name: _mapped(_file(folder, name), extent.count(name), DTYPES[name]) for name in DTYPES}
+    )
+
+
+def _mapped(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
+    size = path.stat().st_size
+    if size != count * dtype.itemsize:
+        raise OSError(f"{path} has {size} bytes, not {count * dtype.itemsize}")
+    if not count:
+        return np.zeros(0, dtype)  # nothing cannot be mapped
+    return np.memmap(path, dtype, "r").view(np.ndarray)  # a memmap's own slices cost more
+
+
+def _file(folder: Path, array: str) -> Path:
+    return folder / f"{array}.{DTYPES[array].name}"
+
+
+class StoreWriter:
+    """Appends stores to the files of a folder. What stands there beyond `extent` is of a writer that was killed."""
+
+    def __init__(self, folder: Path, extent: Extent):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.extent = folder, extent
+        self._index = {file: number for number, file in enumerate(extent.files)}
+        self._open = ExitStack()
+        self._files = {name: self._open.enter_context(_file(folder, name).open("ab", 0)) for name in DTYPES}
+        for name, file in self._files.items():
+            file.truncate(extent.count(name) * DTYPES[name].itemsize if extent.samples else 0)
+            if not extent.samples and name.endswith("offsets"):
+                self._write(name, np.zeros(1, np.int64))
+
+    def append(self, store: SampleStore) -> None:
+        if not len(store):
+            return
+        at = self.extent
+        files = np.array([self._index.setdefault(file, len(self._index)) for file in store.files], dtype=np.int32)
+        arrays = {name: getattr(store, name) for name in DTYPES}
+        arrays["offsets"] = store.offsets[1:] + at.tokens
+        arrays["document_offsets"] = store.document_offsets[1:] + at.documents
+        arrays["place_file"] = files[store.place_file]
+        for name, array in arrays.items():
+            self._write(name, array)
+        self.extent = Extent(
+            at.samples + len(store),
+            at.tokens + len(store.input_ids),
+            at.documents + len(store.documents),
+            tuple(self._index),
+        )
+
+    def sync(self) -> None:
+        """Onto the disk, so that not even a power cut can take back what is then said to be there."""
+        for file in self._files.values():
+            os.fsync(file)
+
+    def close(self) -> None:
+        self._open.close()
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        rest = np.ascontiguousarray(array, DTYPES[name]).data.cast("B")
+        while rest:  # a disk that fills up takes a part first
+            rest = rest[self._files[name].write(rest) :]
 
 
 def _split_place(place: str) -> tuple[str, int]:

@@ -23,14 +23,14 @@ class StreamedSamples:
     def __init__(self, rows: Callable[[], Iterable[Item]], encoder: RowEncoder, *, seed: int, skip: int = 0):
         self._rows, self._encoder, self._seed, self._skip = rows, encoder, seed, skip
         self._epoch = 0
-        self.report = DataReport(seen=None)  # of the latest pass, as far as it got
+        self.report = DataReport(hashes=None)  # of the latest pass, as far as it got
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Sample]:
         args = self._encoder.args
-        self.report = DataReport(seen=None)
+        self.report = DataReport(hashes=None)
         rows = shuffled(islice(self._rows(), self._skip, None), args.buffer_size, (self._seed, self._epoch))
         samples = self._encoded(rows, self.report)
         yield from join_documents(samples, args.cutoff_len) if self._encoder.frame else samples

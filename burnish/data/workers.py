@@ -1,23 +1,30 @@
 """Rows → samples, on all cores where there are many rows. Order is kept; what was counted on the way comes back too.
 
-Workers are forked, so that they see rows, tokenizer and template without a copy, and they hand back flat arrays. They
+Rows are read here and handed to workers a chunk at a time, no faster than samples come back, so that a set of any size
+needs the memory of a few chunks. Reading is a fortieth of the work: one process can feed some forty.
+Workers are forked, so that they see tokenizer and template without a copy, and they hand back flat arrays. They
 do nothing that a fork after threads could upset: no torch, no Arrow, and tokenizers without its own threads.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from burnish.data.encode import DocumentFrame, Outcome, encode_pt, encode_sft
@@ -37,6 +44,10 @@ Item = tuple[Row, DatasetAttr]  # a row, and how to read it
 
 FEW_ROWS = 2000  # below this, starting processes costs more than it saves
 _ROWS_A_CHUNK = 256
+_CHUNKS_AHEAD = 2  # for each worker: one that it encodes and one that waits for it
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+Encoded = tuple[SampleStore, DataReport]
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class RowEncoder:
         try:
             if row.value is None:
                 raise BadRow(row.reason)
-            _count_duplicate(row.value, report)
+            _add_hash(row.value, report)
             outcome = self._encode(row.value, row.place, attr)
         except BadRow as error:
             report.add("bad", str(error), row.place)
@@ -78,30 +89,37 @@ class RowEncoder:
             raise BadRow(str(error)) from error
 
 
-def _count_duplicate(value: dict[str, Any], report: DataReport) -> None:
-    if report.seen is None:
+def _add_hash(value: dict[str, Any], report: DataReport) -> None:
+    if report.hashes is None:
         return
     text = json.dumps(value, sort_keys=True, default=str)
-    digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
-    report.duplicates += digest in report.seen
-    report.seen.add(digest)
+    report.hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
-def encode_items(items: Sequence[Item], encoder: RowEncoder, report: DataReport) -> Iterator[SampleStore]:
-    """Stores of the samples of consecutive rows, in order. `report` is filled as they come."""
-    chunks = [range(start, min(start + _ROWS_A_CHUNK, len(items))) for start in range(0, len(items), _ROWS_A_CHUNK)]
-    if len(items) > FEW_ROWS and _num_cores() > 1:
-        encoded = _in_processes(items, encoder, chunks)
+def encode_items(items: Iterable[Item], encoder: RowEncoder, report: DataReport) -> Generator[SampleStore]:
+    """Stores of the samples of consecutive rows, in order. `report` is filled as they come: it knows of all rows whose
+    samples were given, and of no other.
+    """
+    items = iter(items)
+    first = list(islice(items, FEW_ROWS + 1))
+    chunks = _chunks(chain(first, items))
+    if len(first) > FEW_ROWS and _num_cores() > 1:
+        encoded = _in_processes(chunks, encoder)
     else:
-        encoded = (_encode_chunk(items, encoder, chunk) for chunk in chunks)
+        encoded = map(partial(_encode_chunk, encoder), chunks)
     for store, counted in encoded:
         report.merge(counted)
         yield store
 
 
-def _encode_chunk(items: Sequence[Item], encoder: RowEncoder, chunk: range) -> tuple[SampleStore, DataReport]:
+def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
+    while chunk := list(islice(items, _ROWS_A_CHUNK)):
+        yield chunk
+
+
+def _encode_chunk(encoder: RowEncoder, chunk: list[Item]) -> Encoded:
     report = DataReport()
-    samples = [sample for index in chunk for sample in encoder.encode(*items[index], report)]
+    samples = [sample for row, attr in chunk for sample in encoder.encode(row, attr, report)]
     return SampleStore.from_samples(samples), report
 
 
@@ -112,26 +130,33 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-_inherited: Callable[[range], tuple[SampleStore, DataReport]] | None = None  # set in a worker, by the fork
+_inherited: RowEncoder | None = None  # set in a worker, by the fork
 
 
-def _in_processes(
-    items: Sequence[Item], encoder: RowEncoder, chunks: Sequence[range]
-) -> Iterator[tuple[SampleStore, DataReport]]:
-    def work(chunk: range) -> tuple[SampleStore, DataReport]:
-        return _encode_chunk(items, encoder, chunk)
-
-    pool = ProcessPoolExecutor(
-        min(_num_cores(), len(chunks)), multiprocessing.get_context("fork"), _start_worker, (work,)
-    )
+def _in_processes(chunks: Iterator[list[Item]], encoder: RowEncoder) -> Iterator[Encoded]:
+    cores = _num_cores()
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), _start_worker, (encoder, os.getpid()))
+    waiting: deque[Future[Encoded]] = deque()
     try:
-        with _quiet_fork():
-            results = pool.map(_work, chunks)  # the processes start here
-        yield from results
+        _start(pool)
+        for chunk in chunks:
+            waiting.append(pool.submit(_work, chunk))
+            if len(waiting) >= cores * _CHUNKS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise RunStopped("A process that encodes rows was killed, most likely for lack of memory.", 1) from error
     finally:  # also where the user pressed Ctrl-C: what has not begun never does
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(pool: ProcessPoolExecutor) -> None:
+    try:
+        with _quiet_fork():
+            pool.submit(os.getpid)  # the processes start here
+    except OSError as error:
+        raise RunStopped(f"Processes that encode rows cannot be started: {error}.", 1) from error
 
 
 @contextmanager
@@ -151,12 +176,21 @@ def _quiet_fork() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _start_worker(work: Callable[[range], tuple[SampleStore, DataReport]]) -> None:
+def _start_worker(encoder: RowEncoder, parent: int) -> None:
     global _inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for us
-    _inherited = work
+    _die_with(parent)
+    gc.freeze()  # what was inherited is never garbage; looking for it would copy every page of it
+    _inherited = encoder
 
 
-def _work(chunk: range) -> tuple[SampleStore, DataReport]:
+def _die_with(parent: int) -> None:
+    """A parent that is killed takes its workers along: they would wait for rows for ever, and hold its locks."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before we asked
+        os._exit(1)
+
+
+def _work(chunk: list[Item]) -> Encoded:
     assert _inherited
-    return _inherited(chunk)
+    return _encode_chunk(_inherited, chunk)

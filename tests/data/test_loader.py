@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from small import samples, small_model
+from small import Stream, samples, small_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -266,19 +266,6 @@ def test_batches_move_to_a_device_whole():
 
 
 # ---- streams ---------------------------------------------------------------------------------------------------------
-
-
-class Stream:
-    """Samples that can only be gone through; in epoch e it begins with the e-th."""
-
-    def __init__(self, count):
-        self.rows, self.epoch = samples(count), 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        yield from self.rows[self.epoch :] + self.rows[: self.epoch]
 
 
 def test_a_stream_is_begun_again_in_another_order_when_it_ends():

@@ -3,9 +3,10 @@ from __future__ import annotations
 from functools import partial
 
 import datasets
+import numpy as np
 import pytest
 
-from burnish.data.mixing import mix, sample, shuffled, split
+from burnish.data.mixing import mix, sample, set_aside, shuffled
 from burnish.errors import UserError
 
 SETS = [[f"{name}{number}" for number in range(length)] for name, length in (("a", 30), ("b", 40), ("c", 12))]
@@ -40,19 +41,20 @@ def test_concatenated_sets_follow_each_other():
 def test_rows_are_set_aside_as_the_datasets_library_does(rows, val_size):
     number = val_size if val_size < 1 else int(val_size)
     theirs = datasets.Dataset.from_dict({"row": list(range(rows))}).train_test_split(test_size=number, seed=42)
-    train, aside = split(list(range(rows)), val_size, 42)
-    assert (train, aside) == (sorted(theirs["train"]["row"]), sorted(theirs["test"]["row"]))
+    aside = set_aside(rows, val_size, 42)
+    assert np.flatnonzero(~aside).tolist() == sorted(theirs["train"]["row"])
+    assert np.flatnonzero(aside).tolist() == sorted(theirs["test"]["row"])
 
 
 def test_54_rows_with_a_fifth_set_aside_are_43_and_11():
-    train, aside = split(list(range(54)), 0.2, 1)
-    assert (len(train), len(aside)) == (43, 11)
+    aside = set_aside(54, 0.2, 1)
+    assert ((~aside).sum(), aside.sum()) == (43, 11)
 
 
 @pytest.mark.parametrize(("rows", "val_size"), [(1, 0.1), (5, 5), (5, 9)])
 def test_setting_all_rows_aside_is_refused(rows, val_size):
     with pytest.raises(UserError, match=r"val_size .* would set aside all of"):
-        split(list(range(rows)), val_size, 0)
+        set_aside(rows, val_size, 0)
 
 
 def test_samples_are_drawn_without_putting_back_until_all_are_drawn():

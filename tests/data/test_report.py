@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from array import array
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -51,12 +54,26 @@ def test_a_missing_column_has_a_remedy_of_its_own():
 
 def test_what_several_processes_counted_adds_up_in_the_order_of_the_rows():
     one, two = report(10, EMPTY[0]), report(20, EMPTY[1], EMPTY[2])
-    one.seen, two.seen = {1, 2, 3}, {3, 4}
-    one.straddled, two.duplicates = 1, 5
+    one.hashes, two.hashes = array("Q", [1, 2, 3, 1]), array("Q", [3, 2**64 - 1])
+    one.straddled = 1
     two.note("a line")
     one.merge(two)
-    assert (one.rows, one.kept, one.num_bad, one.straddled, one.duplicates) == (30, 27, 3, 1, 6)
-    assert (str(one.bad["output is empty"]), one.seen, one.notes) == ("2 (first: x.jsonl:3)", {1, 2, 3, 4}, ["a line"])
+    one.count_duplicates()
+    assert (one.rows, one.kept, one.num_bad, one.straddled, one.duplicates) == (30, 27, 3, 1, 2)
+    assert (str(one.bad["output is empty"]), one.notes) == ("2 (first: x.jsonl:3)", ["a line"])
+
+
+def test_a_report_that_was_kept_says_the_same(tmp_path):
+    made = report(1000, *EMPTY)
+    made.add("cut", "turns after the last answer", "x.jsonl:7")
+    made.add("dropped", "longer than cutoff_len", "x.jsonl:9")
+    made.duplicates, made.straddled = 3, 4
+    made.note("a line")
+    ids = np.arange(4, dtype=np.int32)
+    made.add_part("train", SampleStore.from_samples([Sample(ids, ids)]))
+    kept = DataReport.from_json(json.loads(json.dumps(made.to_json())))
+    assert kept.lines() == made.lines()
+    assert (kept.bad, kept.dropped, kept.cut, kept.parts) == (made.bad, made.dropped, made.cut, made.parts)
 
 
 def test_a_part_is_told_in_samples_tokens_and_trained_tokens():

@@ -6,18 +6,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from burnish.data import rows
 from burnish.data.rows import Row, read_rows
 from burnish.errors import UserError
 
 
 @pytest.fixture
 def read(tmp_path):
-    def rows(name, content):
+    def read(name, content):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return [Row(row.value, row.place.removeprefix(f"{path}:"), row.reason) for row in read_rows(str(path))]
 
-    return rows
+    return read
 
 
 def test_each_row_of_a_json_array_knows_the_line_it_begins_on(read):
@@ -28,6 +29,34 @@ def test_each_row_of_a_json_array_knows_the_line_it_begins_on(read):
         ({"a": 3}, "5", ""),
         ({"a": 4}, "7", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[\n  {\n    "a": 12345\n  },\n  {"a": "é\\ud83d\\ude00"}, {"b": [1, {"c": null}]},\n\n  {"a":\n   -4e10}\n]\n',
+        '  [{"a": 1}, {"a": true, "b": "x]"}, 17, "text", {"a": 2}]   x',
+        '{"a": 1}{"a": 2}\n 123 [4] {"a":\n 3}',
+        '[\n  {"a": 1},\n  {"a": tru},\n  {"a": "\x01"},\n  {"a": 3},\n',
+        '[\n  {"a": 1},\n  {"a": "cut of',
+        '[{"a": 1}, {"a": 2                                    ',
+        b'[\n {"a": 1},\n {"a": "\xff"},\n {"a": 3}]',
+        b'\xef\xbb\xbf[\r\n {"a": 1},\r\n {"a": 2}\r\n]',
+    ],
+)
+def test_a_json_file_is_read_in_pieces_and_no_border_between_them_shows(read, monkeypatch, content):
+    whole = read("x.json", content)
+    assert len(whole) > 1
+    for size in (1, 2, 3, 7, 16):
+        monkeypatch.setattr(rows, "_WINDOW", size)
+        assert read("x.json", content) == whole
+
+
+def test_a_broken_row_far_inside_a_single_line_is_refused_with_its_column(read, monkeypatch):
+    monkeypatch.setattr(rows, "_WINDOW", 64)
+    content = '[{"a": 1}' + ', {"a": 1}' * 1100 + ', {"a": tru}, ' + '{"a": 1}, ' * 100
+    with pytest.raises(UserError, match=f"at column {content.index('tru') + 1},"):
+        read("x.json", content)
 
 
 def test_blank_lines_are_no_rows_and_count_as_lines(read):

@@ -38,7 +38,9 @@ def items(count):
 
 def encoded(rows, encoder):
     report = DataReport()
-    return SampleStore.concatenate(list(encode_items(rows, encoder, report))), report
+    store = SampleStore.concatenate(list(encode_items(rows, encoder, report)))
+    report.count_duplicates()
+    return store, report
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere rows are encoded in one process")
