@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ HELP = """\
 burnish tunes open-weight language models and talks with them.
 
   burnish train CONFIG.yaml     tune a model on your data
+  burnish preview CONFIG.yaml   see your data as the model will, token by token
   burnish chat CONFIG.yaml      talk with it, or with any model
   burnish api CONFIG.yaml       serve it as the OpenAI API does
   burnish export CONFIG.yaml    write model and adapters as one whole model
@@ -39,9 +41,11 @@ is told with its place, its value and what to do, before anything is loaded.
 """
 
 NOT_BUILT = {
-    "preview": "train prints the first sample as the model sees it",
     "plan": "start with per_device_train_batch_size: 1 and see what fits",
 }
+
+
+SECONDS_FOR_THE_MAIN = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        for problem in error.problems if ranks.is_local_main() else ():  # every process finds the same mistakes
+        if not ranks.is_local_main():  # which found the same and tells it; its launcher then ends this process too
+            time.sleep(SECONDS_FOR_THE_MAIN)
+        for problem in error.problems:
             console.fail(str(problem))
         return 2
     except RunStopped as stopped:
@@ -57,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.fail(str(stopped))
         return stopped.status
     except KeyboardInterrupt:
-        console.fail("interrupted")
+        if ranks.is_main():
+            console.fail("interrupted")
         return 130
 
 
@@ -138,10 +145,64 @@ def api(words: list[str]) -> None:
 def export(words: list[str]) -> None:
     if _asks_for_help("export", words):
         return
-    settings = _settings("export", words, [wrong_template])
+    settings = _settings("export", words, [wrong_export_dir, wrong_template])
     from burnish.workflow import run_export
 
     run_export(settings)
+
+
+PREVIEW_OPTIONS = """\
+burnish preview shows rows as the model will see them, token by token, and what
+became of all of them. Its exit status is 1 where training would refuse the data.
+It needs the tokenizer of the model, not its weights.
+
+options of preview itself:
+  --html FILE   write a page as well, for a browser
+  --rows N      how many rows are shown: 3 in the terminal, 200 on a page
+
+"""
+
+
+def preview(words: list[str]) -> None:
+    if _asks_for_help("preview", words, PREVIEW_OPTIONS):
+        return
+    options, rest, mistakes = preview_options(words)
+    settings = _settings("preview", rest, [lambda _: mistakes, no_data_set, wrong_data_sets, wrong_template])
+    from burnish.workflow import run_preview
+
+    run_preview(settings, page=options.html, rows=options.rows)
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    html: Path | None = None
+    rows: int | None = None
+
+
+def preview_options(words: Sequence[str]) -> tuple[PreviewOptions, list[str], list[Problem]]:
+    """The two options of the command itself, which are no settings of a run; the other words; what is wrong."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    waiting = list(words)
+    while waiting:
+        name, equals, value = waiting.pop(0).partition("=")
+        if name not in ("--html", "--rows"):
+            rest.append(name + equals + value)
+        elif equals or not waiting or waiting[0].startswith("--"):
+            given[name] = value
+        else:
+            given[name] = waiting.pop(0)
+    mistakes = []
+    html, rows = given.get("--html"), given.get("--rows")
+    if rows is not None and not (rows.isdecimal() and int(rows) > 0):
+        mistakes.append(Problem("--rows", "", rows, "is not a number of rows", "write --rows 10"))
+    if html == "":
+        mistakes.append(Problem("--html", "", None, "has no value", "write --html preview.html"))
+    page = Path(html).expanduser() if html else None
+    if page and (page.is_dir() or not page.parent.is_dir()):
+        message = "is a folder" if page.is_dir() else "is in a folder that is not there"
+        mistakes.append(Problem("--html", "", html, message, "name the file of the page, in a folder that is there"))
+    return PreviewOptions(page, int(rows) if rows and not mistakes else None), rest, mistakes
 
 
 def env(words: list[str]) -> None:
@@ -160,7 +221,7 @@ def version(words: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "chat": chat, "api": api, "export": export, "env": env, "version": version
+    "train": train, "preview": preview, "chat": chat, "api": api, "export": export, "env": env, "version": version
 }  # fmt: skip
 
 
@@ -183,12 +244,12 @@ def _tell_translated(settings: Settings) -> None:
         console.table(("given", "today", "what happens"), rows)
 
 
-def _asks_for_help(command: str, words: list[str]) -> bool:
+def _asks_for_help(command: str, words: list[str], before: str = "") -> bool:
     if not {"-h", "--help"} & set(words):
         return False
     from burnish.arguments.fields import help_text
 
-    sys.stdout.write(help_text(command))
+    sys.stdout.write(before + help_text(command))
     return True
 
 
@@ -198,6 +259,13 @@ def _takes_nothing(command: str, words: list[str]) -> None:
 
 
 # ---- checks that need rooms above the floor of arguments -----------------------------------------------------------
+
+
+def no_data_set(settings: Settings) -> list[Problem]:
+    """Preview has nothing to show."""
+    if settings.value("dataset") or settings.value("eval_dataset") or settings.is_faulty("dataset", "eval_dataset"):
+        return []
+    return [settings.missing("dataset", "name one of dataset_info.json, or give a file")]
 
 
 def wrong_data_sets(settings: Settings) -> list[Problem]:
@@ -212,6 +280,15 @@ def wrong_data_sets(settings: Settings) -> list[Problem]:
         for name in ("dataset", "eval_dataset")
     }
     return problems(replace(settings.data, **known))
+
+
+def wrong_export_dir(settings: Settings) -> list[Problem]:
+    """A folder that cannot become the model's, told before an hour of merging."""
+    from burnish.export.place import unfit
+
+    export_dir = settings.value("export_dir")
+    problem = unfit(export_dir) if export_dir else None
+    return [settings.problem("export_dir", *problem)] if problem else []
 
 
 def wrong_template(settings: Settings) -> list[Problem]:

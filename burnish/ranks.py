@@ -6,11 +6,14 @@ WORLD_SIZE. `burnish train` by itself starts torchrun where there is more than o
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 SWITCHED_ON = ("1", "true", "y", "yes")
 
@@ -27,9 +30,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_world_size() -> int:
-    """Processes on this machine; torchrun and DeepSpeed have each a name for it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+def master_port() -> str:
+    """Where the processes meet."""
+    return os.environ.get("MASTER_PORT", "")
 
 
 def is_main() -> bool:
@@ -62,20 +65,50 @@ def forced_launch() -> bool:
     return os.environ.get("FORCE_TORCHRUN", "").lower() in SWITCHED_ON
 
 
-def launch(words: Sequence[str], devices: int) -> None:
-    """Become torchrun, which runs `burnish WORDS` in as many processes as there are devices. Does not return.
+def launch(words: Sequence[str], devices: int) -> NoReturn:
+    """Be torchrun, which runs `burnish WORDS` in as many processes as there are devices, and exit as they do.
 
     NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT say the same to `burnish train` as to LLaMA-Factory.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # a process of the run has told what ended it
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name, value in _environment(devices).items():
+        os.environ.setdefault(name, value)
+    here = str(Path(__file__).resolve().parents[1])  # burnish may be a checkout that is not installed
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    sys.stdout.flush()
+    try:
+        torchrun([*_torchruns_words(devices), "-m", "burnish", *words])
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode >= 0:
+            raise SystemExit(failure.exitcode) from None
+        print(f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        raise SystemExit(128 - failure.exitcode) from None
+    raise SystemExit(0)
+
+
+def _torchruns_words(devices: int) -> list[str]:
     asked = os.environ.get
     nodes = asked("NNODES", "1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", asked("NPROC_PER_NODE", str(devices))]
+    command = ["--nproc_per_node", asked("NPROC_PER_NODE", str(devices))]
     if nodes == "1" and "MASTER_PORT" not in os.environ:
-        command += ["--standalone"]
-    else:
-        command += ["--nnodes", nodes, "--node_rank", asked("NODE_RANK", "0")]
-        command += ["--master_addr", asked("MASTER_ADDR", "127.0.0.1"), "--master_port", asked("MASTER_PORT", "29500")]
-    here = str(Path(__file__).resolve().parents[1])  # burnish may be a checkout that is not installed
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, asked("PYTHONPATH")]))
-    sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "burnish", *words])
+        return [*command, "--standalone"]
+    command += ["--nnodes", nodes, "--node_rank", asked("NODE_RANK", "0")]
+    command += ["--master_addr", asked("MASTER_ADDR", "127.0.0.1"), "--master_port", asked("MASTER_PORT", "29500")]
+    return command
+
+
+def _environment(devices: int) -> dict[str, str]:
+    """What torchrun else sets too low: one thread a process, and 30 seconds to write a checkpoint after a signal."""
+    asked = os.environ.get("NPROC_PER_NODE", "")
+    processes = int(asked) if asked.isdecimal() else devices
+    threads = max((os.cpu_count() or 1) // max(processes, 1), 1)
+    return {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,23 @@ from burnish.arguments.parse import for_inference
 from burnish.arguments.settings import Settings
 from burnish.chat.template import ChatTemplate, load_template
 from burnish.data.loader import make_collate
+from burnish.data.packing import pack
+from burnish.data.preview import About, make_preview, with_first_rows, with_rows_worth_a_look
+from burnish.data.preview_data import look
+from burnish.data.preview_page import ROWS_ON_PAGE, make_page
+from burnish.data.preview_text import ROWS_IN_TERMINAL, preview_lines
 from burnish.data.report import first_sample_text
 from burnish.data.sources import Datasets, Hub, get_dataset
+from burnish.data.store import SampleStore
 from burnish.data.stream import StreamedSamples
 from burnish.environment import quiet_deepspeed
+from burnish.errors import RunStopped, UserError
 from burnish.export.run import Order, export_model
 from burnish.generate.engine import Engine
 from burnish.model.head import CausalLoss
 from burnish.model.loader import compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
-from burnish.model.positions import check_positions
+from burnish.model.positions import check_positions, warn_of_positions
 from burnish.model.probe import ForwardPath, choose_path
 from burnish.model.tokenizer import load_tokenizer
 from burnish.serve.server import open_place, serve
@@ -81,10 +89,40 @@ def run_sft(settings: Settings, callbacks: Callbacks = ()) -> None:
     tokenizer = load_tokenizer(settings.model)
     template = _load_template(settings, tokenizer)
     datasets = get_dataset(settings.data, "sft", tokenizer, template, seed=_data_seed(args), hub=_hub(settings))
+    if settings.data.packing and isinstance(datasets.train, SampleStore):
+        datasets.report.packed = pack(datasets.train.lengths, settings.data.cutoff_len)
     _show(datasets, tokenizer, args)
     model, path = _load_for_training(settings, args, tokenizer)
     trainer = _make_trainer(settings, args, model, path, tokenizer, datasets, callbacks)
     _run(settings, trainer, resume)
+
+
+def run_preview(settings: Settings, *, page: Path | None = None, rows: int | None = None) -> None:
+    """`burnish preview`: rows as training would see them, and what became of all of them. Loads no weights.
+
+    Raises RunStopped with status 1 where training would refuse the data.
+    """
+    transformers_logging.disable_progress_bar()
+    data, stage = settings.data, settings.finetuning.stage
+    tokenizer = load_tokenizer(settings.model)
+    template = _load_template(settings, tokenizer) if stage == "sft" else None
+    if stage == "pt" and data.template:
+        console.warn("template is not used in stage pt: a text is learned as it stands")
+    warn_of_positions(settings.model, data.cutoff_len)
+    seed = settings.value("seed") if settings.value("data_seed") is None else settings.value("data_seed")
+    how = {"hub": _hub(settings), "split_special_tokens": settings.model.split_special_tokens}
+    get = partial(get_dataset, stage=stage, tokenizer=tokenizer, template=template, seed=seed, **how)
+    looked = look(get, data, rows=rows or 0)
+    preview = make_preview(looked, tokenizer, About.of(settings, template.name if template else None))
+    first = with_first_rows(preview, looked, tokenizer, rows or ROWS_IN_TERMINAL)
+    for line in preview_lines(first, coloured=console.out.color_system is not None and not console.out.no_color):
+        console.out.print(line)
+    if page:
+        whole = with_rows_worth_a_look(preview, looked, tokenizer, rows or ROWS_ON_PAGE, seed)
+        page.write_text(make_page(whole), encoding="utf-8", errors="replace")
+        console.say(f"\npage: {page}")
+    if looked.refused:
+        raise RunStopped("\n".join(["training would refuse this data:", *looked.refused]), 1)
 
 
 def run_chat(settings: Settings) -> None:
@@ -110,24 +148,13 @@ def run_export(settings: Settings) -> None:
 def run_api(settings: Settings) -> None:
     """`burnish api`: answer as the OpenAI API does, until Ctrl-C."""
     place = open_place(os.environ)
-    engine, data = load_engine(settings), settings.data
-    split_special_tokens = settings.model.split_special_tokens
-
-    def template_for(enable_thinking: bool) -> ChatTemplate:
-        return load_template(
-            engine.tokenizer,
-            data.template,
-            default_system=data.default_system,
-            enable_thinking=enable_thinking,
-            split_special_tokens=split_special_tokens,
-        )
-
+    engine = load_engine(settings)
     serve(
         engine,
         place,
         name=place.address.name or _name(settings),
-        template_for=template_for,
-        split_special_tokens=split_special_tokens,
+        template_for=partial(_template, settings, engine.tokenizer),
+        split_special_tokens=settings.model.split_special_tokens,
     )
 
 
@@ -167,18 +194,21 @@ def _begin(settings: Settings) -> tuple[Any, Path | None]:
 
 
 def _load_template(settings: Settings, tokenizer: Any) -> ChatTemplate:
-    data = settings.data
-    template = load_template(
-        tokenizer,
-        data.template,
-        default_system=data.default_system,
-        enable_thinking=data.enable_thinking,
-        split_special_tokens=settings.model.split_special_tokens,
-    )
+    template = _template(settings, tokenizer, settings.data.enable_thinking)
     for note in template.notes:
         console.warn(note)
     tokenizer.chat_template = template.jinja  # so that what is saved is what was trained
     return template
+
+
+def _template(settings: Settings, tokenizer: Any, enable_thinking: bool | None) -> ChatTemplate:
+    return load_template(
+        tokenizer,
+        settings.data.template,
+        default_system=settings.data.default_system,
+        enable_thinking=enable_thinking,
+        split_special_tokens=settings.model.split_special_tokens,
+    )
 
 
 def _hub(settings: Settings) -> Hub:
@@ -251,6 +281,7 @@ def _make_trainer(
             takes_token_type_ids="token_type_ids" in tokenizer.model_input_names,
         ),
         train_dataset=datasets.train,
+        pack_to=_row_length(settings, path),
         eval_dataset=datasets.eval if settings.data.eval_on_each_dataset else datasets.eval.get("eval"),
         processing_class=tokenizer,
         callbacks=[*own, *callbacks],
@@ -258,6 +289,16 @@ def _make_trainer(
         count_correct=tuning.compute_accuracy,
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
     )
+
+
+def _row_length(settings: Settings, path: ForwardPath) -> int | None:
+    """The most tokens of a packed row, where packing is asked for. Raises UserError for a model that cannot have it."""
+    if not settings.data.packing or settings.finetuning.stage != "sft":
+        return None
+    if not path.padding_free:
+        message = f"needs samples laid end to end, which this model cannot take ({path.reasons[0]})"
+        raise UserError(settings.problem("packing", message, "leave it out; it is trained in padded batches"))
+    return settings.data.cutoff_len
 
 
 def _run(settings: Settings, trainer: Trainer, resume: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def samples(count: int, seed: int = 0, longest: int = 40) -> list[Sample]:
         labels = np.where(np.arange(length) >= length // 2, ids, IGNORE_INDEX).astype(np.int32)
         rows.append(Sample(ids, labels, f"rows.jsonl:{number + 1}"))
     return rows
+
+
+class Stream:
+    """Samples that can only be gone through; in epoch e it begins with the e-th."""
+
+    def __init__(self, count: int):
+        self.rows, self.epoch = samples(count), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Sample]:
+        yield from self.rows[self.epoch :] + self.rows[: self.epoch]
 
 
 def arguments(output_dir: Path, **changes: Any) -> Seq2SeqTrainingArguments:

@@ -45,7 +45,7 @@ def test_train_help_shows_every_setting_with_the_help_of_its_dataclass(capsys: p
         assert f"{room}:" in text
 
 
-@pytest.mark.parametrize("command", ["chat", "api", "export"])
+@pytest.mark.parametrize("command", ["chat", "api", "export", "preview"])
 def test_the_help_of_a_command_shows_what_it_reads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "-h"]) == 0
     text = capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_a_command_that_is_not_built_is_refused_by_name(command: str, capsys: py
         ("trian", "did you mean 'train'?"),
         ("exprt", "did you mean 'export'?"),
         ("run.yaml", "did you mean `burnish train run.yaml`?"),
-        ("xyzzy", "choose one of train, chat, api, export, env, version"),
+        ("xyzzy", "choose one of train, preview, chat, api, export, env, version"),
     ],
 )
 def test_a_misspelt_command_is_told(word: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:

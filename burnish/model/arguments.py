@@ -82,7 +82,7 @@ DO_NOT_TRAIN = {"cache_dir", "hf_hub_token", "use_fast_tokenizer", "use_kv_cache
 
 def problems(settings: Settings) -> list[Problem]:
     found = _export_problems(settings) if settings.command == "export" else []
-    if settings.command != "train" and _asks_a_whole_model(settings):
+    if settings.command not in ("train", "preview") and _asks_a_whole_model(settings):
         return found
     model = settings.value("model_name_or_path")
     if model is None and not settings.is_faulty("model_name_or_path"):
@@ -95,7 +95,7 @@ def problems(settings: Settings) -> list[Problem]:
 
 
 def _export_problems(settings: Settings) -> list[Problem]:
-    """What export needs; that export_dir is empty is seen to by the export itself."""
+    """What export needs; which folders export_dir may be is known to export/place.py."""
     found = settings.out_of_range(export_size=(lambda v: v >= 1, "is not at least 1", "5 is usual, in gigabytes"))
     if not settings.value("export_dir") and not settings.is_faulty("export_dir"):
         found.append(settings.missing("export_dir", "give the folder for the exported model"))

@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from burnish import console
 from burnish.errors import Problem, UserError
+from burnish.model.arguments import ModelArguments
+from burnish.model.source import find_model, read_json
 
 ROPE_FACTOR = 2.0  # where no length says how far positions must reach
 # What a rotary embedding keeps of itself when it is scaled.
@@ -35,6 +37,14 @@ def check_positions(model: PreTrainedModel, cutoff_len: int, *, scaled: bool) ->
     console.warn(
         f"cutoff_len {cutoff_len} is beyond the model's {positions} positions: it has not learned more{advice}"
     )
+
+
+def warn_of_positions(args: ModelArguments, cutoff_len: int) -> None:
+    """Say it from the configuration alone, where no model is loaded."""
+    config = read_json(find_model(args, weights=False) / "config.json")
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    if isinstance(positions, int) and cutoff_len > positions and args.rope_scaling is None:
+        console.warn(f"cutoff_len {cutoff_len} is beyond the model's {positions} positions")
 
 
 def scale_positions(config: PreTrainedConfig, kind: str, max_length: int | None, *, place: str) -> None:

@@ -17,7 +17,9 @@ from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments, looks_like_a_path
 
 ADAPTER_CONFIG = "adapter_config.json"
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py")  # everything but the weights
+SMALL_FILES = (  # everything but the weights; an export's card and folder say the licence again
+    *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"),
+)
 WEIGHTS = ("*.safetensors", "*_model*.bin")  # the second only where the first is not there
 COPIES = ("original/*", "consolidated*", "onnx/*", "openvino/*", "coreml/*")  # the same weights in other formats
 NATIVE = frozenset({"qwen"})  # values of model_type that transformers does not know and burnish has code for (qwen.py)

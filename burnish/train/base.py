@@ -25,8 +25,8 @@ class TrainerFrame:
     """The parts of a run.
 
     `objective` gives the summed loss of a Batch, `collate` makes a Batch of Samples, `train_dataset` is a store or a
-    stream of Samples, `eval_dataset` a store or a dict of stores. `beside_weights(folder)` may add files to every
-    checkpoint (`burnish.yaml`).
+    stream of Samples, `eval_dataset` a store or a dict of stores. With `pack_to` a batch is rows of up to so many
+    tokens in the place of samples. `beside_weights(folder)` may add files to every checkpoint (`burnish.yaml`).
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class TrainerFrame:
         *,
         collate: Collate,
         train_dataset: Any = None,
+        pack_to: int | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
@@ -45,7 +46,7 @@ class TrainerFrame:
     ):
         self.objective, self.args, self.collate = objective, args, collate
         self.model: nn.Module = objective.model
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.train_dataset, self.pack_to, self.eval_dataset = train_dataset, pack_to, eval_dataset
         self.processing_class, self.beside_weights = processing_class, beside_weights
         self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
         self.device: torch.device = args.device
@@ -57,6 +58,7 @@ class TrainerFrame:
         self.measured = NOT_MEASURED  # the step of the latest evaluation while training, and its metrics
         self.peers = Peers()
         self.is_divided = stage_of(args) > 0  # among the processes, by DeepSpeed
+        self.update: Any = None  # how weights move, while they do: LocalUpdate or ZeroUpdate
         self.control = TrainerControl()
         self.state = self.new_state()
         self.tell("on_init_end")
@@ -93,6 +95,7 @@ class TrainerFrame:
             strategy=args.train_sampling_strategy,
             drop_last=args.dataloader_drop_last,
             share=self.share,
+            pack_to=self.pack_to,
             options=self.loader_options(),
         )
 

@@ -1,7 +1,6 @@
-"""The model card of a run: README.md with the front matter that the Hugging Face hub reads.
+"""The model card of a run: what it learned from, how, and what came out.
 
-A card is made to be published. It shows settings by name from a fixed list and paths by their last part only, so no
-token, user name or folder of this machine gets into it. What is not known (the licence) is left out.
+Settings are shown by name from a fixed list, so no token gets into it. What is not known (the licence) is left out.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from burnish.arguments.fields import known_fields
+from burnish.model.card import page, public, table, talk_with_it
 from burnish.train.logs import SPEED, measure
 
 if TYPE_CHECKING:
@@ -82,28 +82,24 @@ def card_of(settings: Settings, state: TrainerState) -> Card:
 
 def render_card(folder: Path, card: Card) -> str:
     """The text of the card, from top to bottom."""
-    import yaml
-
-    name, base = folder.name, _public(card.base_model)
+    name, base = folder.name, public(card.base_model)
     parts = [
-        "---\n" + yaml.safe_dump(_front_matter(card), sort_keys=False, allow_unicode=True) + "---",
         f"# {name}",
         f"Made from **{base}** by {STAGES[card.stage]} of {METHODS[card.finetuning_type]} with burnish.",
         _list("Data", card.datasets),
-        _code("Talk with it", f"From the folder that holds `{name}`:", _chat_command(name, card)),
-        _table("Settings", ("setting", "value"), _settings(card)),
-        _table("Results", ("measure", "value"), _measures(card.results)),
+        talk_with_it(name, _chat_command(name, card)),
+        table("Settings", ("setting", "value"), _settings(card)),
+        table("Results", ("measure", "value"), _measures(card.results)),
         "![training loss](training_loss.png)" if (folder / "training_loss.png").exists() else "",
-        _table("Made with", ("what", "version"), [*_versions(card), ("date", f"{datetime.now(UTC):%Y-%m-%d}")]),
+        table("Made with", ("what", "version"), [*_versions(card), ("date", f"{datetime.now(UTC):%Y-%m-%d}")]),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return page(_front_matter(card), parts)
 
 
 def _front_matter(card: Card) -> dict[str, Any]:
-    """Fields as in https://huggingface.co/docs/hub/model-cards."""
     on_hub = [name for name in card.datasets if _is_hub_name(name)]
     fields: dict[str, Any] = {
-        "base_model": _public(card.base_model),
+        "base_model": public(card.base_model),
         "base_model_relation": "adapter" if card.is_adapter else "finetune",
         "library_name": "peft" if card.is_adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -114,10 +110,10 @@ def _front_matter(card: Card) -> dict[str, Any]:
 
 def _chat_command(name: str, card: Card) -> str:
     if card.is_adapter:
-        model = ["--model_name_or_path", _public(card.base_model), "--adapter_name_or_path", name]
+        model = ["--model_name_or_path", public(card.base_model), "--adapter_name_or_path", name]
     else:
         model = ["--model_name_or_path", name]
-    return shlex.join(["burnish", "chat", *model, *(["--template", _public(card.template)] if card.template else [])])
+    return shlex.join(["burnish", "chat", *model, *(["--template", public(card.template)] if card.template else [])])
 
 
 def _settings(card: Card) -> list[tuple[str, str]]:
@@ -142,9 +138,6 @@ def _versions(card: Card) -> Iterable[tuple[str, str]]:
             continue
 
 
-# What may be published
-
-
 def _text(value: Any) -> str:
     if isinstance(value, Enum):
         value = value.value
@@ -152,37 +145,13 @@ def _text(value: Any) -> str:
         return ", ".join(_text(part) for part in value)
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
-    return _public(value) if isinstance(value, str) else f"{value}"
-
-
-def _public(name: str) -> str:
-    """A folder by its last part alone; a name on a hub, "owner/model", as it is.
-
-    >>> _public("/home/ann/models/SmolLM2"), _public("HuggingFaceTB/SmolLM2-135M-Instruct")
-    ('SmolLM2', 'HuggingFaceTB/SmolLM2-135M-Instruct')
-    """
-    looks_local = name.startswith(("/", "~", ".")) or name.count("/") > 1 or "\\" in name or os.path.isdir(name)
-    if not looks_local:
-        return name
-    return PureWindowsPath(os.path.abspath(os.path.expanduser(name)) if name.startswith(".") else name).name
+    return public(value) if isinstance(value, str) else f"{value}"
 
 
 def _is_hub_name(name: str) -> bool:
-    return "/" in name and _public(name) == name
-
-
-# Markdown
+    return "/" in name and public(name) == name
 
 
 def _list(title: str, items: Iterable[str]) -> str:
-    lines = [f"- {_public(item)}" for item in items]
+    lines = [f"- {public(item)}" for item in items]
     return "\n".join([f"## {title}\n", *lines]) if lines else ""
-
-
-def _code(title: str, lead: str, command: str) -> str:
-    return f"## {title}\n\n{lead}\n\n```bash\n{command}\n```"
-
-
-def _table(title: str, columns: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    lines = ["| {} | {} |".format(name, value.replace("|", r"\|")) for name, value in rows]
-    return "\n".join([f"## {title}\n", f"| {columns[0]} | {columns[1]} |", "|---|---|", *lines]) if lines else ""

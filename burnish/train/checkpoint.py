@@ -6,13 +6,14 @@
     masters.safetensors   the float32 masters, where the model itself is bf16 (train/optimizer.py)
     rng_state_R.pth       in the place of rng_state.pth, of process R of several
     zero/                 in the place of optimizer.pt, every process's part under DeepSpeed
-A folder with that name is whole by construction: a run that is killed in the middle of writing leaves a name with a dot
-in front, which the next run removes.
+A folder with that name is whole by construction: a run that is killed in the middle of writing or of deleting one
+leaves a name with a dot in front, which the next run removes.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import re
 import shutil
@@ -22,13 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from torch import Tensor, nn
 from transformers import TrainerState
 
 from burnish import ranks
 from burnish.errors import Problem, UserError
-from burnish.model.patch import gathered
 from burnish.train.peers import Peers
 
 if TYPE_CHECKING:
@@ -64,10 +62,18 @@ def _name(partial: Path, place: Path) -> None:
         if file.is_file():
             _flush_to_disk(file)
     _flush_to_disk(partial)
-    if place.exists():  # the same step again, after a resume: the old one goes only now
-        shutil.rmtree(place)
+    remove(place)  # the same step again, after a resume: the old one goes only now
     os.rename(partial, place)
     _flush_to_disk(place.parent)
+
+
+def remove(place: Path) -> None:
+    """Take a checkpoint away, if it is there: its name first, for what has the name is whole."""
+    if place.exists():
+        unnamed = place.with_name(f".{place.name}.old.partial")
+        shutil.rmtree(unnamed, ignore_errors=True)
+        os.rename(place, unnamed)
+        shutil.rmtree(unnamed, ignore_errors=True)
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -110,7 +116,7 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
         keep.add(path)
     for path in found:
         if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 # What a run leaves in output_dir itself; patterns.
@@ -128,7 +134,7 @@ def clear_run(output_dir: Path) -> None:
     if not (output_dir / "trainer_log.jsonl").exists() and not checkpoints(output_dir):
         return
     for path in checkpoints(output_dir):
-        shutil.rmtree(path)
+        remove(path)
     for pattern in LEFT_BY_A_RUN:
         for path in output_dir.glob(pattern):
             path.unlink()
@@ -138,66 +144,12 @@ def clear_later(output_dir: Path, start: Path) -> None:
     """A run that goes on from one of its own checkpoints leaves those after it behind: they are of another history."""
     for path in checkpoints(output_dir):
         if start.resolve().parent == output_dir.resolve() and step_of(path) > step_of(start):
-            shutil.rmtree(path)
+            remove(path)
 
 
 def clear_partial(output_dir: Path) -> None:
     for path in output_dir.glob(".checkpoint-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def save_weights(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """The model as it would be published: all of it, or its adapter alone; with tokenizer and chat template.
-
-    Every process calls it (a divided model is gathered by all), the main one writes.
-    """
-    divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    state = _gathered_state(model) if divided else None
-    if not ranks.is_main():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    # An adapter's file holds what was trained: peft would else look the base up on the hub to see if embeddings grew.
-    only_adapter = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, state_dict=state, **only_adapter)  # type: ignore[operator]
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors >= 0.8 makes them readable by their owner alone
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _gathered_state(model: nn.Module) -> dict[str, Tensor]:
-    """What `save_pretrained` needs of a model divided by ZeRO-3, on the CPU of the main process; {} elsewhere.
-
-    Gathered one tensor after the other: no process ever holds the whole model on its device. Of a model with an adapter
-    only what was trained.
-    """
-    only_trained = isinstance(model, PeftModel)
-    copies: dict[int, Tensor] = {}  # a matrix that embedding and head share stays one
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if only_trained and not tensor.requires_grad:
-            continue
-        if id(tensor) not in copies:
-            with gathered([tensor]):
-                copies[id(tensor)] = tensor.detach().cpu().clone() if ranks.is_main() else tensor.detach()
-        state[name] = copies[id(tensor)]
-    return state
-
-
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Put a checkpoint's weights into `model`, whose shape and adapters they have."""
-    with gathered(model.parameters(), to_change=True):
-        _load_whole(model, folder)
-
-
-def _load_whole(model: nn.Module, folder: Path) -> None:
-    if isinstance(model, PeftModel):
-        weights = load_peft_weights(str(folder), device="cpu")
-        set_peft_model_state_dict(model, weights, adapter_name=str(model.active_adapter))
-        return
-    # Through transformers and not from the file into the model: file names and shapes may differ from the module's.
-    saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
-    model.load_state_dict(saved.state_dict())
 
 
 def save(trainer: Trainer, *, to_go_on: bool = False) -> Path:
@@ -237,6 +189,7 @@ def _write(trainer: Trainer, folder: Path, to_go_on: bool) -> None:
         "loss_since_log": trainer.loss_since_log.item(),
         "total_loss": trainer.total_loss,
         "last_logged_step": trainer.last_logged_step,
+        "epochs_ended": trainer.epochs_ended,
     }
     torch.save({**rng_state(), "loop": loop}, folder / _rng_file(trainer.peers))
 
@@ -250,22 +203,35 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     if not (folder / SCHEDULER_FILE).is_file():
         remedy = "it cannot be resumed; start from it with --model_name_or_path or --adapter_name_or_path"
         raise UserError(Problem(str(folder), "", None, "holds weights only (save_only_model)", remedy))
-    if not (folder / _rng_file(trainer.peers)).is_file():
-        processes = len(list(folder.glob("rng_state*.pth")))
+    processes = len(list(folder.glob("rng_state*.pth")))
+    if processes != trainer.peers.count:
         message = f"was written by {processes} processes and cannot be resumed by {trainer.peers.count}"
         raise UserError(Problem(str(folder), "", None, message, "start as many, or begin anew from it as a model"))
+    rng = _read_position(folder / _rng_file(trainer.peers))
     trainer.state = trainer.mine(TrainerState.load_from_json(str(folder / STATE_FILE)))
     best = trainer.state.best_model_checkpoint
     if best is not None and not Path(best).is_dir():
         trainer.state.best_model_checkpoint = None
     _load_optimizer(trainer, folder)
-    rng = torch.load(folder / _rng_file(trainer.peers), map_location="cpu")
     restore_rng(rng)
     trainer.loss_since_log.fill_(rng["loop"]["loss_since_log"])
     trainer.total_loss = rng["loop"]["total_loss"]
     trainer.last_logged_step = rng["loop"]["last_logged_step"]
+    trainer.epochs_ended = rng["loop"]["epochs_ended"]
     trainer.last_saved_step = trainer.state.global_step
     _restore_callbacks(trainer)
+
+
+def _read_position(file: Path) -> dict[str, Any]:
+    """The generators and the counts of the loop. Another program orders rows otherwise: its run cannot go on here."""
+    try:
+        position = torch.load(file, map_location="cpu")
+    except pickle.UnpicklingError:
+        position = {}
+    if "loop" not in position:
+        remedy = "start from it with --model_name_or_path or --adapter_name_or_path"
+        raise UserError(Problem(str(file.parent), "", None, "is not burnish's and cannot be resumed", remedy))
+    return position
 
 
 def _load_optimizer(trainer: Trainer, folder: Path) -> None:

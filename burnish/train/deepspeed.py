@@ -33,7 +33,7 @@ SAME_OPTIMIZERS = ("adam", "adamw")  # what a JSON may name: burnish's own `opti
 TAG = "zero"  # the folder inside checkpoint-N that holds every process's part
 
 
-def meet(backend: str, on_cuda: bool) -> None:
+def take_over(backend: str, on_cuda: bool) -> None:
     """DeepSpeed takes over the process group that is there. On a CPU it would compile an all-reduce through shared
     memory first (more than a minute), which gives the same sums: gloo does them."""
     if not on_cuda:
@@ -88,6 +88,14 @@ class ZeroUpdate:
 
     def zero_grad(self) -> None:
         self.engine.optimizer.zero_grad(set_to_none=True)
+
+    def settle(self) -> None:
+        """ZeRO-3 fetches weights ahead for a backward pass, which an evaluation does not have: those would still be
+        under way where a checkpoint gathers them."""
+        self.engine.empty_partition_cache()
+
+    def release(self) -> None:
+        self.engine.destroy()
 
     def save(self, folder: Path) -> None:
         """Every process's part of the optimizer and of the trained weights, in `folder/zero`."""

@@ -58,6 +58,8 @@ class Evaluation(TrainerFrame):
                 correct += batch_correct
             num_trained += batch.num_trained
             self.tell("on_prediction_step")
+        if self.update is not None:
+            self.update.settle()
         self.objective.train(training)
         (num_trained,) = self.peers.sums([num_trained])
         mean = self.peers.add(loss).item() / max(num_trained, 1)

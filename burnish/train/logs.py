@@ -78,8 +78,8 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        before = _read_lines(self.path) if state.global_step else []
-        kept = [line for line in before if line["current_steps"] <= state.global_step]
+        known = sum(bool(_measured(entry)) for entry in state.log_history)  # none where nothing is resumed
+        kept = [line for line in _read_lines(self.path)[:known] if line["current_steps"] <= state.global_step]
         _write_whole(self.path, "".join(_json_line(line) for line in kept))
         self._seconds_before = _seconds(kept[-1].get("elapsed_time", "")) if kept else 0.0
         self._pace = Pace(state)
@@ -89,7 +89,7 @@ class LogCallback(TrainerCallback):
     ) -> None:
         if self._pace is None or not logs:  # only evaluating: eval_results.json says it all
             return
-        measured = {name: value for name, value in logs.items() if name == "loss" or _is_evaluation(name)}
+        measured = _measured(logs)
         if not measured:
             return
         remaining = self._pace.remaining(state)
@@ -249,6 +249,10 @@ def _summary(state: TrainerState, logs: Mapping[str, Any]) -> str:
         f"mean loss {logs['train_loss']:.4f}",
     ]
     return ", ".join(parts + ([f"{tokens:,.0f} tokens/s"] if tokens else []))
+
+
+def _measured(logs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in logs.items() if name == "loss" or _is_evaluation(name)}
 
 
 def _is_evaluation(name: str) -> bool:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from burnish.types import Batch
 
+NOT_AGAIN = "  run again, the same rows gave finite values (dropout or the device's own rounding)"
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -53,14 +55,14 @@ class FiniteGuard:
 
 
 def diagnose(model: nn.Module, record: StepRecord, loss_of: Callable[[Batch], Tensor], device: torch.device) -> str:
-    """Run the step's passes again, one by one, and describe what is not finite in them."""
+    """Run the step's passes again, one by one, and describe what is not finite in them; "" if nothing is."""
     lines = []
     for batch in record.batches:
         where = _first_fault(model, lambda batch=batch: loss_of(batch.to(device)))
         if where is not None:
             lines.append(f"  rows {', '.join(batch.places)}: {where}")
     model.zero_grad(set_to_none=True)
-    return "\n".join(lines) or "  run again, the same rows gave finite values (dropout or the device's own rounding)"
+    return "\n".join(lines)
 
 
 def _first_fault(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | None:

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from burnish.errors import Problem, UserError
 from burnish.model.head import CausalLoss
 from burnish.model.patch import shape_of
-from burnish.train.peers import Peers, add_gradients
+from burnish.train.peers import Peers, add_gradients, share_weights
 from burnish.types import Batch
 
 MASTERS_FILE = "masters.safetensors"
@@ -58,6 +59,7 @@ class Masters:
     def __init__(self, model: nn.Module):
         self.by_name: dict[str, nn.Parameter] = {}  # name in the model → what the optimizer moves
         self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # (weight of the model, its master)
+        self._hooks: list[RemovableHandle] = []
         for name, weight in model.named_parameters():
             if not weight.requires_grad:
                 continue
@@ -66,7 +68,12 @@ class Masters:
                 master = nn.Parameter(weight.detach().float())
                 self.by_name[name] = master
                 self._copies.append((weight, master))
-                weight.register_post_accumulate_grad_hook(_give_gradient_to(master))
+                self._hooks.append(weight.register_post_accumulate_grad_hook(_give_gradient_to(master)))
+
+    def release(self) -> None:
+        """The model's gradients are its own again."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -116,6 +123,7 @@ class LocalUpdate:
     def __init__(self, objective: CausalLoss, args: Any, peers: Peers, *, loraplus_lr_ratio: float | None = None):
         self.objective, self.peers = objective, peers
         self.bucket_mib = args.ddp_bucket_cap_mb
+        share_weights([weight for weight in objective.model.parameters() if weight.requires_grad], peers)
         self.masters = Masters(objective.model)
         self.weights = self.masters.by_name
         self.optimizer = create_optimizer(args, self.weights, loraplus_lr_ratio=loraplus_lr_ratio)
@@ -135,20 +143,27 @@ class LocalUpdate:
             torch.nn.utils.clip_grads_with_norm_(moving, max_norm, self._norm)
 
     def step(self, check: Callable[..., Tensor], loss: Tensor) -> Outcome:
-        """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
         must_not = check(loss, self._norm)
-        updated = True
-        if loss.is_cuda and self.optimizer.defaults.get("fused"):
+        return Outcome(self._update_unless(must_not), must_not, self._norm)
+
+    def _update_unless(self, must_not: Tensor) -> bool:
+        """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
+        if must_not.is_cuda and self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = must_not.float()  # type: ignore[attr-defined]
-        else:
-            updated = not must_not.item()
-        if updated:
-            self.optimizer.step()
-            self.masters.publish()
-        return Outcome(updated, must_not, self._norm)
+        elif must_not.item():
+            return False
+        self.optimizer.step()
+        self.masters.publish()
+        return True
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def settle(self) -> None:
+        """After an evaluation there is nothing under way."""
+
+    def release(self) -> None:
+        self.masters.release()
 
     def save(self, folder: Path) -> None:
         """optimizer.pt, and the float32 masters where the model's own file does not hold them."""

@@ -7,13 +7,17 @@ the devices (NCCL, or gloo on the CPU). A single process asks nobody.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _abort_process_group
+from torch.distributed.rendezvous import rendezvous
 
-from burnish.errors import RunStopped, UserError
+from burnish import ranks
+from burnish.errors import Problem, RunStopped, UserError
 
 MIB = 2**20
 BUCKET_MIB = 25  # gradients travel in pieces of about this size, as in torch's DistributedDataParallel
@@ -30,10 +34,32 @@ def _of_cpus() -> Any:
     return _cpus[0] if _cpus else None
 
 
-def part() -> None:
-    """The end of all groups."""
+def meet(backend: str, timeout: timedelta) -> dist.Store:
+    """The groups of all processes that a launcher started; → the store through which they found each other."""
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        message = f"is no port at which processes can meet ({str(error).splitlines()[0]})"
+        remedy = "another run may have it: give the launcher another --master_port"
+        raise UserError(Problem("MASTER_PORT", "", ranks.master_port(), message, remedy)) from error
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+    if count > 1 and backend != "gloo":
+        _cpus.append(dist.new_group(backend="gloo", timeout=timeout))
+    return store
+
+
+def part(*, in_peace: bool = True) -> None:
+    """The end of all groups: of all processes at once, or else of this one alone.
+
+    Not in peace NCCL's goodbye would wait for peers, and they wait in a collective.
+    """
+    if in_peace:
+        Peers().wait()
     _cpus.clear()
-    dist.destroy_process_group()
+    if in_peace:
+        dist.destroy_process_group()
+    else:
+        _abort_process_group()
 
 
 class Peers:
@@ -42,8 +68,6 @@ class Peers:
     def __init__(self) -> None:
         self.count = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        if self.count > 1 and dist.get_backend() != "gloo" and not _cpus:
-            _cpus.append(dist.new_group(backend="gloo"))
 
     def sums(self, numbers: Sequence[int]) -> list[int]:
         """Each number summed over the processes; no device is asked."""
@@ -72,7 +96,7 @@ class Peers:
             dist.barrier(group=_of_cpus())
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the main process, in all of them; what it raises there ends them all."""
+        """What `work` gives in the main process, in all of them; a mistake that it finds there ends them all."""
         if self.count == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -85,6 +109,14 @@ class Peers:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+
+def share_weights(weights: Sequence[Tensor], peers: Peers) -> None:
+    """Every process begins with the main one's weights: new ones are drawn at random, and nothing else would say that
+    all of them drew the same."""
+    if peers.count > 1:
+        for weight in weights:
+            dist.broadcast(weight.data, src=0)
 
 
 def add_gradients(weights: Sequence[nn.Parameter], peers: Peers, bucket_mib: float | None = None) -> None:

@@ -6,7 +6,7 @@ the same order. What differs is the arithmetic: the loss of a step is the sum ov
 their number, known before the first forward, so cutting a step into passes cannot change it.
 
 Several processes run the same loop over their shares of the rows; what they tell each other goes through `self.peers`
-(train/distributed.py). How weights move, here or divided by DeepSpeed, is `self.update` (optimizer.py, deepspeed.py).
+(peers.py). How weights move, here or divided by DeepSpeed, is `self.update` (optimizer.py, deepspeed.py).
 Left out: the making of data sets.
 """
 
@@ -32,10 +32,13 @@ from burnish.train import checkpoint
 from burnish.train.base import NOT_MEASURED
 from burnish.train.evaluate import Evaluation
 from burnish.train.interrupt import STOPPING, Interrupt
-from burnish.train.nonfinite import FiniteGuard, StepRecord, diagnose
+from burnish.train.nonfinite import NOT_AGAIN, FiniteGuard, StepRecord, diagnose
 from burnish.train.optimizer import LocalUpdate, create_scheduler, current_learning_rate, steps_on_metric
 from burnish.train.steps import Steps, count_steps
+from burnish.train.weights import load_weights, save_weights
 from burnish.types import Batch
+
+CONTROLS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 
 
 class Trainer(Evaluation):
@@ -51,10 +54,12 @@ class Trainer(Evaluation):
         if self.args.eval_on_start and resume_from_checkpoint is None:
             self.evaluate()
         first_epoch, steps_done = self.steps.position(self.state.global_step)
+        if not steps_done and self.epochs_ended < first_epoch:  # resumed between an epoch's last step and its end
+            first_epoch, steps_done = first_epoch - 1, self.steps.per_epoch
         with Interrupt() as self.interrupt:
             for epoch in range(first_epoch, self.steps.epochs):
-                if self.state.global_step >= self.steps.total:  # resumed at the very end
-                    break
+                if self.state.global_step >= self.steps.total and (not steps_done or self.epochs_ended > epoch):
+                    break  # resumed at the very end
                 self._run_epoch(epoch, steps_done)
                 steps_done = 0
                 if self.control.should_training_stop:
@@ -63,12 +68,14 @@ class Trainer(Evaluation):
 
     def _prepare(self, resume: Path | None) -> None:
         """Weights, optimizer, schedule and state: new, or as they were at the checkpoint."""
+        if self.update is not None:  # of a training before this one
+            self.update.release()
         set_seed(self.args.seed)
         self.train_dataloader = self.get_train_dataloader()
         streamed = not hasattr(self.train_dataset, "__len__")
         self.steps: Steps = count_steps(self.args, None if streamed else len(self.train_dataloader))
         if resume is not None and not self.is_divided:
-            checkpoint.load_weights(self.model, resume)
+            load_weights(self.model, resume)
         self.update = self._make_update()
         self.optimizer = self.update.optimizer
         self.lr_scheduler = create_scheduler(self.args, self.optimizer, self.steps.total)
@@ -78,6 +85,7 @@ class Trainer(Evaluation):
         self.last_logged_step = 0
         self.measured = NOT_MEASURED
         self.last_saved_step = -1
+        self.epochs_ended = 0  # those of which callbacks have heard the end
         self._grad_norm: Tensor | None = None
         self._learning_rate = current_learning_rate(self.optimizer)
         self._flops_per_token = 6 * _count_non_embedding(self.model)
@@ -106,11 +114,16 @@ class Trainer(Evaluation):
         self.objective.train()
         batches = iter(self.train_dataloader)
         for step_of_epoch in range(steps_done, self.steps.per_epoch):
+            if self.state.global_step >= self.steps.total:  # resumed there, in the middle of an epoch
+                break
             self._optimizer_step(list(islice(batches, self.steps.batches_in(step_of_epoch))), epoch, step_of_epoch)
             if self.control.should_epoch_stop or self.control.should_training_stop:
                 break
         self.tell("on_epoch_end")
+        self.epochs_ended += 1
+        self._agree()
         self._maybe_log_save_evaluate()
+        self._stop_if_asked_to()
 
     def _optimizer_step(self, batches: list[Batch], epoch: int, step_of_epoch: int) -> None:
         """Passes forward and backward over `batches`, then one update of the weights."""
@@ -130,7 +143,8 @@ class Trainer(Evaluation):
             self.state.total_flos += self._flops_per_token * tokens
             if number < len(batches):
                 self.tell("on_substep_end")
-                if self.control.should_epoch_stop or self.control.should_training_stop:
+                # Of several processes one alone cannot leave a step: there it is heeded after it.
+                if self.peers.count == 1 and (self.control.should_epoch_stop or self.control.should_training_stop):
                     self.update.zero_grad()
                     return
 
@@ -151,6 +165,7 @@ class Trainer(Evaluation):
         batches_done = step_of_epoch * self.steps.accumulation + len(batches)
         self.state.epoch = epoch + batches_done / self.steps.batches_per_epoch
         self.tell("on_step_end")
+        self._agree()
         self._stop_if_not_finite()
         self._maybe_log_save_evaluate()
         self._stop_if_asked_to()
@@ -162,6 +177,13 @@ class Trainer(Evaluation):
         return loss.detach()
 
     # ---- log, evaluate, save, stop ---------------------------------------------------------------------------------
+
+    def _agree(self) -> None:
+        """What callbacks ask for in one process happens in all: their clocks and files may tell them different things,
+        and processes that part ways would wait for each other for ever."""
+        asked = self.peers.sums([getattr(self.control, name) for name in CONTROLS])
+        for name, count in zip(CONTROLS, asked, strict=True):
+            setattr(self.control, name, count > 0)
 
     def _maybe_log_save_evaluate(self) -> None:
         if self.control.should_log and self.state.global_step > self.last_logged_step:
@@ -193,7 +215,7 @@ class Trainer(Evaluation):
         record = self.guard.first_bad()
         if record is None:
             return
-        details = "\n".join(filter(None, self.peers.gather(self._describe_fault(record))))
+        details = "\n".join(filter(None, self.peers.gather(self._describe_fault(record)))) or NOT_AGAIN
         self.state.global_step, self.state.epoch = record.step - 1, record.epoch
         self.lr_scheduler.load_state_dict(record.scheduler)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -212,6 +234,7 @@ class Trainer(Evaluation):
 
     def _stop_if_asked_to(self) -> None:
         """A signal that any of the processes got stops all of them after the same step."""
+        self._agree()
         got = self.peers.sums([self.interrupt.signal == each for each in STOPPING])
         name = next((each for each, count in zip(STOPPING, got, strict=True) if count), None)
         if name is None:
@@ -235,7 +258,7 @@ class Trainer(Evaluation):
         metrics |= {"total_flos": self.state.total_flos, "train_loss": train_loss}
         self.log(metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
+            load_weights(self.model, Path(self.state.best_model_checkpoint))
             if self.state.best_global_step != self.state.global_step:
                 self.measured = NOT_MEASURED
         self.peers.wait()
@@ -245,7 +268,7 @@ class Trainer(Evaluation):
     def save_model(self, folder: Path | None = None) -> None:
         """The model as it would be published (or its adapter alone), with its tokenizer. Every process calls it."""
         folder = folder or self.output_dir
-        checkpoint.save_weights(self.model, self.processing_class, folder)
+        save_weights(self.model, self.processing_class, folder)
         if self.beside_weights is not None and ranks.is_main():
             self.beside_weights(folder)
         self.peers.wait()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -46,8 +48,23 @@ def merge_adapters(model: PreTrainedModel, adapters: list[str], model_args: Mode
     """Each adapter added into the weights, in this order, as the next may have been trained on the one before."""
     for name in adapters:
         tuned: Any = load_adapter(model, name, model_args, trainable=False)
-        model = tuned.merge_and_unload()
+        give_own_matrices(tuned)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
+            model = tuned.merge_and_unload()
     return model
+
+
+def give_own_matrices(tuned: PeftModel) -> None:
+    """Before a merge: an adapter on the head alone must not change the embedding that is the same matrix."""
+    model: Any = tuned.get_base_model()
+    if not model.config.tie_word_embeddings:
+        return
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(layer, BaseTunerLayer):
+            base: Any = layer.get_base_layer()
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
 
 
 def _new_adapter(model: PreTrainedModel, args: FinetuningArguments, model_args: ModelArguments) -> PeftModel:
@@ -117,14 +134,17 @@ def load_adapter(model: PreTrainedModel, name: str, model_args: ModelArguments, 
     config.inference_mode = not trainable
     remedy = "give the model that it was trained on"
     try:
-        tuned = _put_on(model, config)
-        result = tuned.load_adapter(
-            str(folder),
-            "default",
-            is_trainable=trainable,
-            autocast_adapter_dtype=False,
-            torch_device=str(model.device),
-        )
+        with warnings.catch_warnings():
+            # of an embedding or a head that was tuned apart: an export makes two matrices of the one, and says so
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
+            tuned = _put_on(model, config)
+            result = tuned.load_adapter(
+                str(folder),
+                "default",
+                is_trainable=trainable,
+                autocast_adapter_dtype=False,
+                torch_device=str(model.device),
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(Problem(name, "", None, f"does not fit this model ({first_line(error)})", remedy)) from error
     astray = [*result.missing_keys, *result.unexpected_keys]

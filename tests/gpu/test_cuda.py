@@ -164,6 +164,7 @@ def test_ten_steps_on_the_device_follow_ten_on_the_cpu(tmp_path):
 def test_zero_trains_on_a_gpu_what_the_plain_run_does(tmp_path, stage, precision, rounding):
     pytest.importorskip("deepspeed")
     words = [*make_run(tmp_path), "--finetuning_type", "full", "--per_device_train_batch_size", "4", *precision]
+    words += ["--eval_on_start"]  # shows ZeRO another course through the layers than training takes
     config = ROOT / "examples" / "deepspeed" / f"ds_z{stage}_config.json"
     plain = run(1, [*words, "--output_dir", str(tmp_path / "plain")])
     run(1, [*words, "--output_dir", str(tmp_path / "zero"), "--deepspeed", str(config)])

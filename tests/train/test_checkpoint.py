@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import stat
 
 import numpy as np
@@ -12,12 +13,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small import arguments, samples, small_model, trainer
+from theirs import Rows, collator
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     EarlyStoppingCallback,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     TrainerCallback,
     TrainerState,
@@ -27,6 +27,7 @@ from transformers import Trainer as TransformersTrainer
 
 from burnish.errors import UserError
 from burnish.train import checkpoint, optimizer
+from burnish.train.logs import LogCallback
 
 WHOLE = {
     *("config.json", "generation_config.json", "model.safetensors", "training_args.bin", "trainer_state.json"),
@@ -100,6 +101,34 @@ def test_partial_folders_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "notes.partial").mkdir()
     checkpoint.clear_partial(tmp_path)
     assert names(tmp_path) == ["checkpoint-4", "notes.partial"]
+
+
+@pytest.mark.parametrize(
+    "take_away",
+    [
+        lambda folder: checkpoint.rotate(folder, 1, None),
+        lambda folder: checkpoint.clear_later(folder, folder / "checkpoint-0"),
+        checkpoint.clear_run,
+        lambda folder: make_checkpoint(folder, 1, "new"),
+    ],
+    ids=["rotate", "clear_later", "clear_run", "write again"],
+)
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_none_that_looks_whole(take_away, tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, 1, "old"), make_checkpoint(tmp_path, 2)
+    rmtree = shutil.rmtree
+
+    def kill(place, **how):
+        if (place / "weights").exists():
+            (place / "weights").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        take_away(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert all((place / "weights").exists() for place in checkpoint.checkpoints(tmp_path))
+    checkpoint.clear_partial(tmp_path)
+    assert all(name.startswith("checkpoint-") for name in names(tmp_path))
 
 
 def test_checkpoints_are_found_by_number_and_only_whole_ones(tmp_path):
@@ -209,6 +238,55 @@ def test_a_step_is_written_once_though_it_ends_an_epoch_too(tmp_path, monkeypatc
     assert written == [2, 4, 6, 8]
 
 
+class KilledAt(TrainerCallback):
+    """Ends the process' run at an event after so many steps."""
+
+    def __init__(self, event, step):
+        setattr(self, event, self.kill)
+        self.step = step
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("max_steps", [8, 6])  # two epochs; one and a half
+@pytest.mark.parametrize(
+    ("event", "epoch"),
+    [
+        *(("on_epoch_end", 1), ("on_evaluate", 1), ("on_epoch_begin", 1)),  # of the second
+        *(("on_epoch_end", 2), ("on_evaluate", 2), ("on_train_end", 2)),
+    ],
+)
+def test_a_run_killed_after_an_epochs_last_checkpoint_goes_on_with_the_end_of_that_epoch(
+    event, epoch, max_steps, tmp_path
+):
+    step = 4 if epoch == 1 else max_steps
+
+    def prepared(name, *callbacks):
+        run = saving(
+            tmp_path / name, max_steps=max_steps, eval_strategy="epoch", metric_for_best_model="loss", logging_steps=3
+        )
+        run.eval_dataset = samples(3, seed=5)
+        for callback in (LogCallback(tmp_path / name), *callbacks):
+            run.add_callback(callback)
+        return run
+
+    def told(run):
+        lines = [json.loads(line) for line in (run.output_dir / "trainer_log.jsonl").read_text().splitlines()]
+        return [(line["current_steps"], line.get("loss"), line.get("eval_loss")) for line in lines]
+
+    whole = prepared("whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        prepared("cut", KilledAt(event, step)).train()
+    cut = prepared("cut")
+    cut.train(tmp_path / "cut" / f"checkpoint-{step}")
+    assert told(cut) == told(whole) and len(told(whole)) == max_steps // 3 + 2
+    assert (cut.state.best_metric, cut.state.epoch) == (whole.state.best_metric, whole.state.epoch)
+    assert cut.state.global_step == max_steps
+
+
 def test_save_total_limit_keeps_the_best_too(tmp_path):
     settings = dict(
         eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=2, metric_for_best_model="loss",
@@ -263,49 +341,14 @@ def test_transformers_trainer_goes_on_from_a_checkpoint_of_ours(tmp_path):
     assert other.lr_scheduler.last_epoch == 8
 
 
+def test_a_checkpoint_of_another_program_is_not_gone_on_with(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    TransformersTrainer(small_model("llama"), args, train_dataset=Rows(samples(8)), data_collator=collator()).train()
+    with pytest.raises(UserError, match=r"checkpoint-2: is not burnish's and cannot be resumed; start from it with"):
+        saving(tmp_path).train(tmp_path / "checkpoint-2")
+
+
 # ---- loading ---------------------------------------------------------------------------------------------------------
-
-
-def equal_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_loaded_into_a_model_of_the_same_shape(dtype, tmp_path):
-    model, other = small_model("llama", dtype=dtype), small_model("llama", seed=1, dtype=dtype)
-    checkpoint.save_weights(model, None, tmp_path)
-    assert not equal_weights(model, other)
-    checkpoint.load_weights(other, tmp_path)
-    assert equal_weights(model, other)
-    assert next(other.parameters()).dtype == dtype
-
-
-def test_an_adapter_is_loaded_onto_the_same_base(tmp_path):
-    def adapted(seed):
-        model = small_model("qwen3")
-        torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-
-    model, other = adapted(1), adapted(2)
-    checkpoint.save_weights(model, None, tmp_path)
-    assert not equal_weights(model, other)
-    checkpoint.load_weights(other, tmp_path)
-    assert equal_weights(model, other)
-
-
-def test_a_model_of_a_class_that_transformers_does_not_know_is_loaded_too(tmp_path):
-    class OddConfig(LlamaConfig):
-        model_type = "odd_llama"
-
-    class OddForCausalLM(LlamaForCausalLM):
-        config_class = OddConfig
-
-    torch.manual_seed(0)
-    shape = small_model("llama").config.to_dict() | {"model_type": "odd_llama"}
-    model, other = (OddForCausalLM(OddConfig(**shape)) for _ in range(2))
-    checkpoint.save_weights(model, None, tmp_path)
-    checkpoint.load_weights(other, tmp_path)
-    assert equal_weights(model, other)
 
 
 def test_a_bf16_runs_masters_are_saved_and_taken_up(tmp_path):

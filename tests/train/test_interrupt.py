@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,26 @@ def test_only_the_first_signal_is_taken_and_each_kind_by_itself():
             assert calls == ["mine"]
         signal.raise_signal(signal.SIGTERM)
         assert calls == ["mine", "mine"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_under_a_launcher_what_follows_at_once_is_the_same_signal_again(monkeypatch):
+    calls, clock = [], [100.0]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    before = signal.signal(signal.SIGTERM, lambda *_: calls.append("mine"))
+    try:
+        with Interrupt() as interrupt:
+            for seconds in (0.0, 0.2, 1.0):  # Ctrl-C, and how DeepSpeed's launcher passes it on
+                clock[0] += seconds
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
+            assert interrupt.signal is signal.SIGINT and calls == []
+            clock[0] += 3.0
+            signal.raise_signal(signal.SIGTERM)
+            assert calls == ["mine"]
     finally:
         signal.signal(signal.SIGTERM, before)
 

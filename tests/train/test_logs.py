@@ -34,6 +34,7 @@ class Run:
     def __init__(self, callback: TrainerCallback, clock: SimpleNamespace, first_step: int = 0, quiet: bool = False):
         self.args = SimpleNamespace(disable_tqdm=quiet)
         self.state = TrainerState(max_steps=8, global_step=first_step, num_input_tokens_seen=1000 * first_step)
+        self.state.log_history = [{"loss": 4.0, "step": step + 1} for step in range(first_step)]
         self.control = TrainerControl()
         self.clock = clock
         self.handler = CallbackHandler([callback], None, None, None, None)  # type: ignore[arg-type]
@@ -132,7 +133,9 @@ def test_an_evaluation_is_a_line_and_the_summary_is_none(tmp_path: Path, clock: 
 
 def test_a_resumed_run_takes_out_what_came_after_its_checkpoint(tmp_path: Path, clock: SimpleNamespace):
     run = Run(LogCallback(tmp_path), clock)
-    run.steps(5)
+    run.steps(3)
+    run.evaluate(0.0)  # after the checkpoint, though at its step: it comes again
+    run.steps(2)
     with (tmp_path / "trainer_log.jsonl").open("a") as file:
         file.write('{"current_steps": 6, "lo')  # killed in the middle of a line
     clock.now = 7.0  # another process, another clock

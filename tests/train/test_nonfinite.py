@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from burnish.errors import RunStopped
 from burnish.train import checkpoint
 from burnish.train.nonfinite import FiniteGuard, StepRecord
+from burnish.train.optimizer import LocalUpdate
 
 TOKEN = VOCABULARY - 1  # stands in one row only
 
@@ -230,7 +231,9 @@ def test_no_loss_that_is_not_finite_is_logged(tmp_path):
     assert len(run.state.log_history) == run.state.global_step
 
 
-def test_where_nobody_waits_for_the_device_steps_go_by_and_the_run_comes_back_to_before_the_bad_one(tmp_path):
+def test_where_nobody_waits_for_the_device_steps_go_by_and_the_run_comes_back_to_before_the_bad_one(
+    tmp_path, monkeypatch
+):
     """As on CUDA: the fused optimizer is told by a flag (found_inf) and the run stops at the next log step."""
     changes = dict(optim="adamw_torch_fused", logging_steps=5, lr_scheduler_type="linear", warmup_steps=2)
     run = trainer(small_model(), arguments(tmp_path, **changes), samples(20))
@@ -244,18 +247,23 @@ def test_where_nobody_waits_for_the_device_steps_go_by_and_the_run_comes_back_to
             if state.global_step == 3:
                 self.hook.remove()
 
-    def update_unless(must_not):
-        run.optimizer.found_inf = must_not.float()
-        run.optimizer.step()
+    updates = []
+
+    def update_unless(update, must_not):
+        updates.append(bool(must_not))
+        update.optimizer.found_inf = must_not.float()
+        update.optimizer.step()
         return True
 
-    run._update_unless, real = update_unless, run._stop_if_not_finite
+    monkeypatch.setattr(LocalUpdate, "_update_unless", update_unless)
+    real = run._stop_if_not_finite
     run._stop_if_not_finite = lambda: real() if run.control.should_log else None
     watch = Watch()
     run.add_callback(watch)
     with pytest.raises(RunStopped) as stopped:
         run.train()
     assert str(stopped.value).startswith("step 3:")
+    assert updates == [False, False, True, True, True]
     assert all(torch.equal(weight, watch.before[name]) for name, weight in run.model.state_dict().items())
     assert run.lr_scheduler.get_last_lr() == watch.rate
     assert checkpoint.checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]

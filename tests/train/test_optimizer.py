@@ -9,11 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small import arguments, samples, small_model, trainer
+from theirs import Rows, collator
 from torch import nn
-from transformers import DataCollatorForSeq2Seq
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer_utils import SchedulerType
 
+from burnish.data.loader import collate
 from burnish.errors import UserError
 from burnish.train.optimizer import OPTIMIZERS, Masters, create_optimizer, create_scheduler, steps_on_metric
 
@@ -177,34 +178,6 @@ def test_an_optimizer_of_a_package_that_is_not_here_says_how_to_get_it():
 OF_TORCH = [name for name, (module, _, _) in OPTIMIZERS.items() if not module.startswith("bitsandbytes")]
 
 
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        row = self.rows[index]
-        return {"input_ids": row.input_ids.tolist(), "attention_mask": [1] * len(row), "labels": row.labels.tolist()}
-
-
-class Padding:
-    """The least of a tokenizer that DataCollatorForSeq2Seq asks for: pads with id 0 on the right."""
-
-    padding_side, pad_token_id, deprecation_warnings = "right", 0, {}
-
-    def pad(self, features, **how):
-        longest = max(len(feature["input_ids"]) for feature in features)
-        return {
-            key: torch.tensor([f[key] + [-100 if key == "labels" else 0] * (longest - len(f[key])) for f in features])
-            for key in features[0]
-        }
-
-    def save_pretrained(self, folder) -> None:
-        """transformers' Trainer saves what its collator pads with."""
-
-
 def both_trainers(folder, rows, evaluation=None, **changes):
     """Our Trainer and transformers', each after its run on the same arguments. One batch holds all rows: no order."""
     changes = {"per_device_train_batch_size": len(rows), "per_device_eval_batch_size": 8} | changes
@@ -213,7 +186,7 @@ def both_trainers(folder, rows, evaluation=None, **changes):
     theirs = TransformersTrainer(
         small_model("llama"),
         arguments(folder / "theirs", **changes),
-        data_collator=DataCollatorForSeq2Seq(Padding()),
+        data_collator=collator(),
         train_dataset=Rows(rows),
         eval_dataset=Rows(evaluation or []),
     )
@@ -256,6 +229,17 @@ def test_a_bf16_model_trains_on_updates_that_bf16_cannot_hold(tmp_path):
     moved = high.update.masters.by_name[name] - start[name].float()
     assert (low.update.masters.by_name[name] - high.update.masters.by_name[name]).norm() < 0.1 * moved.norm()
     assert torch.equal(low.model.get_parameter(name), low.update.masters.by_name[name].bfloat16())
+
+
+def test_a_bf16_model_that_is_trained_twice_gives_its_gradients_to_the_masters_of_the_second_run_alone(tmp_path):
+    again = trainer(small_model("llama", dtype=torch.bfloat16), arguments(tmp_path / "again"), samples(4))
+    again.train()
+    first = again.update.masters.by_name.values()
+    again.train()
+    assert all(master.grad is None for master in first)
+    again.objective(collate(samples(2))).loss.backward()
+    assert all(master.grad is None for master in first)
+    assert all(master.grad is not None for master in again.update.masters.by_name.values())
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small import arguments, samples, small_model, trainer
+from small import Stream, arguments, samples, small_model, trainer
 from transformers import TrainerCallback
 
 from burnish import workflow
@@ -116,19 +116,6 @@ def test_workers_change_no_number(tmp_path):
     alone, worked = run(tmp_path / "a"), run(tmp_path / "b", dataloader_num_workers=2)
     alone.train(), worked.train()
     assert losses(alone) == losses(worked) and len(losses(alone)) == 4
-
-
-class Stream:
-    """Rows that can only be gone through, for ever new."""
-
-    def __init__(self, count):
-        self.rows, self.epoch = samples(count), 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        yield from self.rows[self.epoch :] + self.rows[: self.epoch]
 
 
 def test_a_stream_is_trained_on_for_max_steps_and_resumed_where_it_was(tmp_path):

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from families import ids, logits, make, shake
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +14,7 @@ from burnish.errors import UserError
 from burnish.model.arguments import ModelArguments
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.arguments import FinetuningArguments
+from burnish.tuning.lora import merge_adapters
 
 FAMILIES = ["llama", "qwen3", "gemma3", "mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt2", "gemma3_with_eyes"]
 
@@ -381,3 +383,16 @@ def test_smollm2_with_an_adapter_answers_the_same_in_plain_peft(tmp_path, fixtur
     folder = save(model, tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(base(), folder)), logits(model))
     assert torch.allclose(logits(ask(base(), folder)), logits(model), rtol=1e-3, atol=1e-2)
+
+
+def test_merging_an_adapter_of_the_head_alone_leaves_the_tied_embedding_as_it_was(tmp_path):
+    model = make("gemma3")
+    assert model.config.tie_word_embeddings
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        tuned = get_peft_model(model, LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    shake(tuned)
+    expected = logits(tuned)
+    merged = merge_adapters(make("gemma3"), [save(tuned, tmp_path)], ModelArguments())
+    assert torch.equal(merged.get_input_embeddings().weight, make("gemma3").get_input_embeddings().weight)
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
