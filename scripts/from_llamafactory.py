@@ -66,21 +66,17 @@ def _fields(module: ast.Module) -> Iterator[tuple[str, str]]:
 def _written(node: ast.expr) -> str:
     if isinstance(node, ast.Attribute):  # a member of an enumeration of words: AttentionFunction.AUTO
         return node.attr.lower()
-    if isinstance(node, ast.BinOp):  # 768 * 768
-        return str(eval(compile(ast.Expression(node), "default", "eval"), {"__builtins__": {}}))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):  # 768 * 768
+        return plain(ast.literal_eval(node.left) * ast.literal_eval(node.right))
     return plain(ast.literal_eval(node))
 
 
 def plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def fate(argument: Argument) -> tuple[str, str]:

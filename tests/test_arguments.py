@@ -62,6 +62,27 @@ def test_an_args_file_beside_the_entry_script_is_read(base: dict[str, Any], tmp_
     assert run.stdout.strip() == "7"
 
 
+def test_an_option_without_its_value_is_one_mistake(base: dict[str, Any], tmp_path: Path) -> None:
+    named = {name: value for name, value in base.items() if name != "model_name_or_path"}
+    assert mistakes("--model_name_or_path", "--bf16", **named) == [
+        "--model_name_or_path: has no value; write --model_name_or_path VALUE"
+    ]
+    for words in (("--args_file",), ("--args_file=",), ("--args_file", "--bf16")):
+        assert mistakes(*words) == ["--args_file: has no value; write --args_file FILE"]
+
+
+def test_a_second_file_of_settings_is_told(base: dict[str, Any], tmp_path: Path) -> None:
+    (line,) = mistakes(write_yaml(tmp_path / "run.yaml", base), "other.yaml")
+    assert line.startswith("command line: 'other.yaml' is a second file of settings; give one")
+
+
+def test_an_args_file_that_is_no_text_is_a_mistake(base: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "picture.args").write_bytes(b"\xff\xd8\xff")
+    assert mistakes("--args_file", str(tmp_path / "picture.args"), **base) == [
+        f"{tmp_path / 'picture.args'}: cannot be read: it is not text in UTF-8; give a text file in UTF-8"
+    ]
+
+
 def test_an_args_file_that_is_not_there_is_a_mistake(base: dict[str, Any]) -> None:
     assert mistakes("--args_file", "nowhere.args", **base) == [
         "nowhere.args: is not there; check the name of the args file"
@@ -101,7 +122,7 @@ def test_a_negative_number_is_a_value_and_no_flag(base: dict[str, Any]) -> None:
 
 def test_names_are_never_abbreviated(base: dict[str, Any]) -> None:
     (line,) = mistakes("--label_smoothing", "0.1", **base)
-    assert line == "--label_smoothing: '0.1' is not a setting; did you mean 'label_smoothing_factor'?"
+    assert line == "command line: --label_smoothing '0.1' is not a setting; did you mean 'label_smoothing_factor'?"
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------

@@ -12,17 +12,16 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ROOT, environment, losses
 from qwen1 import make_qwen1
 from safetensors import safe_open
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from-2024.md"
 
 SIZES = {  # what a small model on two cores cannot do as it stands on the page; the rest is typed as it is
@@ -44,7 +43,15 @@ def commands() -> list[str]:
 def with_sizes(command: str) -> str:
     for old, new in SIZES.items():
         command = command.replace(old, new)
+    if command.startswith("deepspeed"):  # a port that no other run on this machine has
+        command = re.sub(r" --master_port \d+|(?<=5\")(?= src)", f" --master_port {free_port()}", command)
     return command
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 PRETRAIN, FINETUNE, EXPORT, SERVE, ASK = (with_sizes(command) for command in commands())
@@ -72,16 +79,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, fixture_path: Callable[[str],
     return folder
 
 
-def environment(**more: str) -> dict[str, str]:
-    """As after `source .venv/bin/activate` and `export LOCAL_SIZE=8`; one thread for each of the processes."""
-    found = {**os.environ, "LOCAL_SIZE": "8", "OMP_NUM_THREADS": "1", **more}
-    found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found["PATH"]])
-    return found
+def as_on_the_page(**more: str) -> dict[str, str]:
+    """As after `source .venv/bin/activate` and `export LOCAL_SIZE=8`."""
+    return environment(LOCAL_SIZE="8", **more)
 
 
 def run(command: str, home: Path, **more: str) -> str:
     done = subprocess.run(
-        ["bash", "-c", command], cwd=home, env=environment(**more), capture_output=True, text=True, timeout=900,
+        ["bash", "-c", command], cwd=home, env=as_on_the_page(**more), capture_output=True, text=True, timeout=900,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -92,11 +97,6 @@ def alone(command: str) -> str:
     """The same run in one process, whose batch is that of the three together."""
     command = re.sub(r"^deepspeed .* src/train.py --deepspeed \S+", "python src/train_bash.py", command)
     return command.replace("--per_device_train_batch_size 2", "--per_device_train_batch_size 6")
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    return [line["loss"] if "loss" in line else line["eval_loss"] for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +165,11 @@ def test_the_export_has_proved_itself(home: Path, exported: str) -> None:
 
 @pytest.fixture(scope="module")
 def address(home: Path, exported: str) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     log = home / "api.log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            ["bash", "-c", f"exec env {SERVE}"], cwd=home, env=environment(API_PORT=port), stdout=file, stderr=file
+            ["bash", "-c", f"exec env {SERVE}"], cwd=home, env=as_on_the_page(API_PORT=port), stdout=file, stderr=file
         )
     try:
         deadline = time.monotonic() + 120

@@ -56,6 +56,10 @@ def given(settings: Settings, *names: str) -> dict[str, object]:
         ("--disable_shuffling", "train_sampling_strategy", "sequential"),
         ("--train_last_turn_only", "mask_history", True),
         ("--lora_lr_ratio 16", "loraplus_lr_ratio", 16.0),
+        ("--sft_packing", "packing", True),
+        ("--neat_packing true", "packing", True),
+        ("packing=true neat_packing=false", "packing", True),
+        ("--cache_path tokens", "tokenized_path", "tokens"),
         ("--warmup_ratio 0.1", "warmup_ratio", 0.1),
         ("--logging_dir logs", "logging_dir", "logs"),
         ("--overwrite_output_dir", "overwrite_output_dir", True),
@@ -115,10 +119,7 @@ def test_a_stage_that_is_not_built_is_refused_by_name(words: list[str], stage: s
 @pytest.mark.parametrize(
     ("old", "told"),
     [
-        ("sft_packing=true", "sft_packing 'true' is not built yet"),
-        ("neat_packing=true", "neat_packing 'true' is not built yet"),
         ("dpo_beta=0.2", "dpo_beta '0.2' is of preference training"),
-        ("cache_path=tokens", "cache_path 'tokens' is not built yet"),
         ("resume_lora_training=perhaps", "resume_lora_training 'perhaps' is neither true nor false"),
         ("export_legacy_format=true", "weights are always saved as safetensors"),
         ("save_safetensors=false", "weights are always saved as safetensors"),

@@ -419,6 +419,16 @@ def test_the_model_that_is_asked_has_the_dtype_that_is_given(asked, dtype, base)
     assert {weight.dtype for weight in engine.model.parameters()} == {dtype if asked or on_cpu else torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [({}, torch.float32), ({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.bfloat16)],
+)
+def test_what_a_run_left_is_asked_on_a_gpu_in_what_the_run_computed_in(given, dtype, base):
+    run = {"model_name_or_path": base["model_name_or_path"], "output_dir": "saves", **given}
+    for command in ("chat", "api"):
+        assert workflow._inference_dtype(settings(run, command), "cuda") == dtype
+
+
 @pytest.fixture(scope="module")
 def engine(base: dict[str, Any], tokenizer: Any) -> Engine:
     model = AutoModelForCausalLM.from_pretrained(base["model_name_or_path"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish.arguments.given import WORDS_OF_TRUTH, Given, Sources, read_config
+from burnish.arguments.given import WORDS_OF_TRUTH, Given, Sources, cannot_be_read, read_config
 from burnish.errors import Problem
 
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")
@@ -36,7 +36,10 @@ def gather(
     config, rest = _config_among(command_line.remaining)
     parts = []
     for path in (*args_files, *files):
-        if Path(path).expanduser().is_file():
+        if not path:
+            problem = Problem(str(args_file_flag), "", None, "has no value", f"write {args_file_flag} FILE")
+            parts.append(Sources(problems=[problem], unread=True))
+        elif Path(path).expanduser().is_file():
             parts.append(read_args_file(path, takes))
         elif missing_is_wrong:
             missing = Problem(path, "", None, "is not there", "check the name of the args file")
@@ -50,10 +53,12 @@ def gather(
         remaining=[word for part in parts[:-1] for word in part.remaining] + rest,
         config=config,
         unread=any(part.unread for part in parts),
+        valueless=[name for part in parts for name in part.valueless],
     )
 
 
 def _without_args_files(words: list[str], flag: str | None) -> tuple[list[str], list[str]]:
+    """The other words, and the files that the flag names: "" where it names none."""
     kept: list[str] = []
     files: list[str] = []
     spellings = {flag, flag.replace("_", "-")} if flag else set()
@@ -62,9 +67,9 @@ def _without_args_files(words: list[str], flag: str | None) -> tuple[list[str], 
         name, equals, value = words[at].partition("=")
         if name not in spellings:
             kept.append(words[at])
-        elif equals:
+        elif equals or at + 1 == len(words) or words[at + 1].startswith("--"):
             files.append(value)
-        elif at + 1 < len(words):
+        else:
             at += 1
             files.append(words[at])
         at += 1
@@ -87,7 +92,10 @@ def args_file_of_script() -> str | None:
 
 def read_args_file(path: str, takes: Takes) -> Sources:
     """Words as on the command line, separated by white space; there is no quoting (HfArgumentParser's rule)."""
-    words = Path(path).expanduser().read_text(encoding="utf-8").split()
+    try:
+        words = Path(path).expanduser().read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
+        return Sources(problems=[cannot_be_read(path, error)], unread=True)
     sources = read_command_line(words, takes)
     sources.given = [Given(g.name, g.value, path, g.typed or g.name) for g in sources.given]
     return sources
@@ -130,6 +138,7 @@ def _read_option(word: str, words: list[str], at: int, takes: Takes, sources: So
         value = "true"
     elif not values:
         sources.problems.append(Problem(option, "", None, "has no value", f"write {option} VALUE"))
+        sources.valueless.append(name)
         return at
     sources.given.append(Given(name, value, option, option, on_command_line=True))
     return at

@@ -40,6 +40,15 @@ _OF_THE_TUNED = frozenset(
 USED_BY_CHAT = _OF_THE_TUNED | {field.name for field in dataclasses.fields(GeneratingArguments)}
 USED_BY_API = USED_BY_CHAT
 USED_BY_EXPORT = _OF_THE_TUNED | model_room.OF_EXPORT
+# What tokens depend on: the data, the tokenizer, and which rows are set aside.
+USED_BY_PREVIEW = frozenset(
+    {
+        *({field.name for field in dataclasses.fields(DataArguments)}),
+        *("model_name_or_path", "cache_dir", "model_revision", "hf_hub_token", "use_fast_tokenizer"),
+        *("split_special_tokens", "add_tokens", "add_special_tokens", "trust_remote_code", "rope_scaling"),
+        *("stage", "seed", "data_seed"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,9 @@ def used_by(command: str) -> frozenset[str]:
     """The settings that a command reads. What else a file holds is for other commands."""
     if command == "train":
         return frozenset(known_fields()) - model_room.OF_EXPORT
-    return {"chat": USED_BY_CHAT, "api": USED_BY_API, "export": USED_BY_EXPORT}[command]
+    return {
+        "chat": USED_BY_CHAT, "api": USED_BY_API, "export": USED_BY_EXPORT, "preview": USED_BY_PREVIEW
+    }[command]  # fmt: skip
 
 
 def standings(name: str) -> list[tuple[str, str]]:

@@ -48,6 +48,7 @@ class Sources:
     problems: list[Problem] = field(default_factory=list)
     config: str | None = None  # the YAML or JSON file, as typed
     unread: bool = False  # a file gave nothing, so that what it would have said is not missing
+    valueless: list[str] = field(default_factory=list)  # options without their value: told, and not missing besides
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -61,8 +62,7 @@ def read_config(path: str) -> Sources:
     except FileNotFoundError:
         sources.problems.append(Problem(path, "", None, "is not there", _similar_file(path)))
     except (OSError, UnicodeDecodeError) as error:
-        what = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        sources.problems.append(Problem(path, "", None, f"cannot be read: {what}", "give a text file in UTF-8"))
+        sources.problems.append(cannot_be_read(path, error))
     else:
         read = _read_json if path.lower().endswith(".json") else _read_yaml
         read(path, text, sources)
@@ -70,6 +70,11 @@ def read_config(path: str) -> Sources:
             sources.problems.append(Problem(path, "", None, "holds no settings", "write some, as in examples/"))
     sources.unread = not sources.given
     return sources
+
+
+def cannot_be_read(path: str, error: OSError | UnicodeDecodeError) -> Problem:
+    what = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+    return Problem(path, "", None, f"cannot be read: {what}", "give a text file in UTF-8")
 
 
 def _similar_file(path: str) -> str:

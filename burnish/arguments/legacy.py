@@ -30,6 +30,11 @@ def _where_on(word: str) -> Callable[[Any], str | None]:
     return lambda value: word if to_type(value, bool) else None
 
 
+def _where_it_is_on(value: Any) -> Any:
+    """A switch that turns today's switch on; off, it says nothing."""
+    return value if to_type(value, bool) else None
+
+
 # old name → (today's name, today's value)
 RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "num_layer_trainable": ("freeze_trainable_layers", _same),
@@ -55,8 +60,8 @@ RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "orpo_beta": ("pref_beta", _same),
     "dpo_loss": ("pref_loss", _same),
     "dpo_ftx": ("pref_ftx", _same),
-    "sft_packing": ("packing", _same),
-    "neat_packing": ("packing", _same),
+    "sft_packing": ("packing", _where_it_is_on),
+    "neat_packing": ("packing", _where_it_is_on),  # off, it lets samples see each other, and `packing` is still on
     "cache_path": ("tokenized_path", _same),
 }
 
@@ -84,7 +89,7 @@ TOLD: dict[str, str] = {
     "upcast_lmhead_output": "the loss is always computed in float32",
     "include_effective_tokens_per_second": "tokens per second are always logged",
     "include_tokens_per_second": "tokens per second are always logged",
-    "data_shared_file_system": "every process reads the data by itself",
+    "data_shared_file_system": "tokens are made by one process, for all that find them in the same folder",
     "ray_num_workers": "one process a GPU is started without Ray",
     **dict.fromkeys(("half_precision_backend", "fp16_backend", "fp16_opt_level"), _ARITHMETIC),
     "lora_bf16_mode": "weights that are trained always have float32 masters",

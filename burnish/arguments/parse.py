@@ -19,7 +19,7 @@ from typing import Any
 
 from burnish.arguments import legacy
 from burnish.arguments.coerce import Unfit, core_type, to_type
-from burnish.arguments.command_line import args_file_of_script, gather, unknown_words
+from burnish.arguments.command_line import CONFIG_ENDINGS, args_file_of_script, gather, unknown_words
 from burnish.arguments.fields import known_fields, used_by
 from burnish.arguments.given import Given, Sources, as_given, read_config
 from burnish.arguments.refused import OF_EXPORT, is_off
@@ -39,12 +39,14 @@ ROOMS = {
     "chat": (model_room, generate_room),
     "api": (model_room, generate_room),
     "export": (model_room,),
+    "preview": (model_room, data_room),
 }
 # Old names that concern a command though they are no settings of today: they would change its answers, or its files.
 CONCERN = {
     "chat": {"quantization_bit", "infer_backend"},
     "api": {"quantization_bit", "infer_backend"},
     "export": {"export_legacy_format", *OF_EXPORT},
+    "preview": set(),
 }
 
 _ASKED = ("do_train", "do_eval", "do_predict")  # what a run may be asked to do
@@ -53,7 +55,7 @@ Check = Callable[[Settings], list[Problem]]
 
 
 def parse_command(command: str, argv: Sequence[str], checks: Sequence[Check] = ()) -> Settings:
-    """The settings of `burnish train`, `chat`, `api` or `export`. Raises UserError with every mistake.
+    """The settings of `burnish train`, `chat`, `api`, `export` or `preview`. Raises UserError with every mistake.
 
     `checks` look for more of them: those that need rooms above this floor (the catalog of data sets, the templates).
     """
@@ -136,7 +138,7 @@ def resolve(command: str, sources: Sources) -> Resolved:
     chosen: dict[str, Given] = {}
     told: dict[tuple[str, str, str], None] = {}
     problems, unknown, unknown_problems = list(sources.problems), [], []
-    refused: set[str] = set()
+    refused = {legacy.same_setting(name) for name in sources.valueless}
     for given in sources.given:
         translation = legacy.translate(given, command)
         today = translation.given
@@ -161,7 +163,7 @@ def resolve(command: str, sources: Sources) -> Resolved:
             chosen[today.name] = today
         else:
             unknown.append(given)
-            unknown_problems.append(given.problem("is not a setting", _nearest(given.name, command)))
+            unknown_problems.append(_not_a_setting(given, command))
     values, faulty, misfits = _coerce(command, chosen)
     settings = Settings(
         command, values, faulty=frozenset(faulty | refused), translated=tuple(told), config=sources.config
@@ -216,6 +218,12 @@ def _coerce(command: str, chosen: Mapping[str, Given]) -> tuple[dict[str, Given]
     return values, faulty, problems
 
 
+def _not_a_setting(given: Given, command: str) -> Problem:
+    place = "command line" if given.on_command_line else given.place
+    remedy = _nearest(given.name, command)
+    return Problem(place, given.typed or given.name, given.value, "is not a setting", remedy)
+
+
 def _nearest(name: str, command: str) -> str:
     longer = [known for known in known_fields() if len(name) > 3 and known.startswith(name)]
     near = longer or get_close_matches(name, [*known_fields(), *legacy.ALL_NAMES], n=1, cutoff=0.6)
@@ -223,6 +231,9 @@ def _nearest(name: str, command: str) -> str:
 
 
 def _no_setting(word: str) -> Problem:
+    if word.lower().endswith(CONFIG_ENDINGS):
+        remedy = "give one, and write name=value after it"
+        return Problem("command line", "", word, "is a second file of settings", remedy)
     return Problem("command line", "", word, "is no setting", "write name=value, or --name value")
 
 
@@ -242,6 +253,6 @@ def _checked(settings: Settings, problems: list[Problem], sources: Sources, chec
             order.setdefault(given.place, len(order))
         once = [problem for at, problem in enumerate(problems) if problem not in problems[:at]]
         raise UserError(sorted(once, key=lambda problem: order.get(problem.place, len(order))))
-    if settings.command == "train":
+    if settings.command in ("train", "preview"):
         settings.translated += data_room.idle(settings)
     return settings

@@ -21,8 +21,6 @@ def _names(text: str, reason: str, remedy: str) -> dict[str, tuple[str, str]]:
 # At these values nothing is asked for.
 OFF_VALUES = {"", "false", "no", "none", "null", "0", "0.0", "[]", "{}"}
 REFUSED: dict[str, tuple[str, str]] = {
-    **_names("packing", "is not built yet", "leave it out; samples are laid end to end without padding anyway"),
-    **_names("tokenized_path", "is not built yet", "leave it out; tokens are made anew by every run"),
     **_names("pure_bf16", "is not built yet", "use bf16: true"),
     **_names("cross_document_attention", "is not built yet", "leave it out; documents do not see each other"),
     **_names(

@@ -1,18 +1,17 @@
-"""The model card of an export: what it was made of, how that was checked, and what its training run said of itself.
-
-A card is made to be published: a folder is shown by the last part of its path only.
-"""
+"""The model card of an export: what it was made of, how that was checked, and what its training run said of itself."""
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from burnish.model.card import page, public, table, talk_with_it
 
 FROM_THE_BASE = ("license", "license_name", "license_link", "language")  # of the front matter of its card
 FROM_THE_RUN = ("Data", "Settings", "Results")  # sections of the card that training wrote
@@ -43,14 +42,13 @@ def render_card(card: Card) -> str:
         **{name: front[name] for name in FROM_THE_BASE if name in front},
     }
     parts = [
-        "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---",
         f"# {card.name}",
         _made_from(card, fields["base_model"]),
-        f"## Talk with it\n\nFrom the folder that holds `{card.name}`:\n\n```bash\n{_commands(card)}\n```",
-        "## Checked\n\n| what | how it came out |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in card.checks),
-        *([section for title in FROM_THE_RUN if (section := _section(of_run[1], title))] if is_run else []),
+        talk_with_it(card.name, _commands(card)),
+        table("Checked", ("what", "how it came out"), card.checks),
+        *(_section(of_run[1], title) for title in FROM_THE_RUN if is_run),
     ]
-    return "\n\n".join(parts) + "\n"
+    return page(fields, parts)
 
 
 def _made_from(card: Card, base: str) -> str:
@@ -62,8 +60,9 @@ def _made_from(card: Card, base: str) -> str:
 
 
 def _commands(card: Card) -> str:
-    ask = f"burnish chat --model_name_or_path {card.name}"
-    return f"{ask}\n(cd {card.name} && ollama create {card.name.lower()} -f Modelfile)" if card.has_template else ask
+    name = shlex.quote(card.name)
+    ask = f"burnish chat --model_name_or_path {name}"
+    return f"{ask}\n(cd {name} && ollama create {name.lower()} -f Modelfile)" if card.has_template else ask
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], str]:
@@ -85,12 +84,3 @@ def _read(folder: Path) -> tuple[dict[str, Any], str]:
 def _section(text: str, title: str) -> str:
     found = re.search(rf"^## {title}\n.*?(?=^## |^!\[|\Z)", text, re.DOTALL | re.MULTILINE)
     return found[0].strip() if found else ""
-
-
-def public(name: str) -> str:
-    """
-    >>> public("/home/ann/models/SmolLM2"), public("HuggingFaceTB/SmolLM2-135M-Instruct")
-    ('SmolLM2', 'HuggingFaceTB/SmolLM2-135M-Instruct')
-    """
-    looks_local = name.startswith(("/", "~", ".")) or name.count("/") > 1 or "\\" in name or os.path.isdir(name)
-    return PureWindowsPath(os.path.abspath(name) if name.startswith(".") else name).name if looks_local else name

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from burnish.model.source import WEIGHT_FILES, read_json
+from burnish.errors import Problem, UserError
+from burnish.model.source import WEIGHT_FILES, first_line, read_json
 
 SHOWN = 3  # names in a message
 DTYPES = {  # safetensors' names
@@ -42,7 +43,13 @@ def read_listing(folder: Path) -> Listing:
     """
     found: Listing = {}
     for file in weight_files(folder):
-        found |= _header(file) if file.suffix == ".safetensors" else _of_pickle(file)
+        try:
+            found |= _header(file) if file.suffix == ".safetensors" else _of_pickle(file)
+        except Exception as error:  # a torn file, a pickle that is none, a number format that DTYPES has not
+            message = f"cannot be read ({first_line(error)})"
+            raise UserError(Problem(str(file), "", None, message, "copy the model's files again")) from error
+    if not any(entry.dtype.is_floating_point for entry in found.values()):
+        raise UserError(Problem(str(folder), "", None, "holds files of weights with no weights in them"))
     return found
 
 

@@ -20,7 +20,7 @@ from burnish.errors import Problem, UserError
 from burnish.export.precision import narrow, widen
 from burnish.model.arguments import ModelArguments
 from burnish.model.source import find_folder, first_line
-from burnish.tuning.lora import load_adapter
+from burnish.tuning.lora import give_own_matrices, load_adapter
 
 
 def put_on(model: PreTrainedModel, name: str, args: ModelArguments) -> tuple[PeftModel, int, list[str]]:
@@ -46,8 +46,7 @@ def merge_exactly(tuned: PeftModel, name: str) -> PreTrainedModel:
     """The base with the adapter in its weights. `tuned` is used up."""
     layers: list[Any] = [module for module in tuned.modules() if isinstance(module, BaseTunerLayer)]
     with torch.no_grad(), warnings.catch_warnings():
-        if tuned.config.tie_word_embeddings:
-            _give_own_matrix(tuned.get_base_model())
+        give_own_matrices(tuned)
         for layer in layers:
             was = widen(layer)
             try:
@@ -62,14 +61,6 @@ def merge_exactly(tuned: PeftModel, name: str) -> PreTrainedModel:
         warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
         merger: Any = tuned
         return merger.merge_and_unload()
-
-
-def _give_own_matrix(model: Any) -> None:
-    """An adapter on the head alone must not change the embedding that is the same matrix."""
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if isinstance(layer, BaseTunerLayer):
-            base: Any = layer.get_base_layer()
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
 
 
 def cast(model: nn.Module, dtypes: dict[str, torch.dtype], main: torch.dtype) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from burnish.environment import version_of
-from burnish.export.card import public
 from burnish.export.listing import Listing, Written, some
 from burnish.export.verify import FROM_DISK, LOST_IS_MUCH, Difference, Proof, dtype_name
+from burnish.model.card import public
 
 
 def write_report(folder: Path, base: str, proof: Proof, listing: Listing, written: Written) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +26,6 @@ from burnish.chat.template import ChatTemplate
 from burnish.errors import RunStopped, UserError
 from burnish.export.card import Card, render_card
 from burnish.export.files import carry_files, keep_config, set_stop_tokens, write_tokenizer, write_weights
-from burnish.export.hub import check_login, upload
 from burnish.export.listing import (
     Listing,
     ModelNames,
@@ -38,7 +38,7 @@ from burnish.export.listing import (
 )
 from burnish.export.merge import cast, merge_exactly, put_on
 from burnish.export.modelfile import modelfile
-from burnish.export.place import Place, claim
+from burnish.export.place import Place, check_login, claim, upload
 from burnish.export.report import checks, notes, summary, write_report
 from burnish.export.verify import (
     TEXTS,
@@ -54,7 +54,7 @@ from burnish.export.verify import (
 )
 from burnish.model.arguments import ModelArguments
 from burnish.model.loader import load_model, num_rows
-from burnish.model.source import find_folder, find_model, model_problems
+from burnish.model.source import find_folder, find_model, first_line, model_problems
 from burnish.model.tokenizer import load_tokenizer
 
 GB = 10**9  # bytes, as transformers counts
@@ -100,11 +100,12 @@ def export_model(order: Order) -> dict[str, Any]:
     place = claim(str(args.export_dir), _bytes_needed(base))
     try:
         report = _fill(order, base, place.partial)
-    except torch.OutOfMemoryError as error:
+    except BaseException as error:
         place.clear()
-        raise RunStopped("the device has too little memory for this model; set export_device: cpu", 1) from error
-    except BaseException:
-        place.clear()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RunStopped("the device has too little memory for this model; set export_device: cpu", 1) from error
+        if isinstance(error, OSError | SafetensorError):  # a disk that became full, a share that went away
+            raise RunStopped(f"{args.export_dir} could not be written: {first_line(error)}", 1) from error
         raise
     _finish(order, place, report)
     return report
@@ -226,15 +227,18 @@ def _card(order: Order, base: Base, report: dict[str, Any]) -> Card:
 
 
 def _finish(order: Order, place: Place, report: dict[str, Any]) -> None:
+    """The folder's name comes first: whoever reads our lines may have gone."""
+    if report["faults"]:
+        place.give_up()
+    else:
+        place.give_name()
     for line in summary(report):
         console.say(line)
     for note in notes(report):
         console.warn(note)
     if report["faults"]:
-        place.give_up()
         faults = "; ".join(report["faults"])
         raise RunStopped(f"not exported: {faults}. What was written is in {place.failed}", 1)
-    place.give_name()
     console.say(f"exported model: {place.final}")
     if order.args.export_hub_model_id:
         address = upload(place.final, order.args.export_hub_model_id, order.args.hf_hub_token)

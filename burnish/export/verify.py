@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from burnish.chat.template import CannotRender, ChatTemplate
 from burnish.export.precision import in_float32
+from burnish.generate.config import num_positions
 from burnish.types import Message
 
 CHATS: tuple[list[Message], ...] = (
@@ -53,11 +54,11 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | No
 @torch.no_grad()
 def answers(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Logits after every token of every prompt, one after the other.  # [T, V] float32 on the CPU"""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    longest = min(num_positions(model.config) or LONGEST, LONGEST)
     rows = []
     with in_float32(model):
         for prompt in prompts:
-            ids = torch.tensor([prompt[: min(positions, LONGEST)]], device=model.device)  # [1, S]
+            ids = torch.tensor([prompt[:longest]], device=model.device)  # [1, S]
             # Some models set what they never say to -inf, where a difference would be no number.
             rows.append(model(input_ids=ids, use_cache=False).logits[0].float().clamp(-1e4, 1e4).cpu())
     return torch.cat(rows)

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from burnish.chat.template import CannotRender
 from burnish.errors import Problem, UserError
 from burnish.generate.arguments import RequestOptions
+from burnish.generate.config import as_list, make_config, new_tokens, num_positions
 from burnish.generate.logits import make_processors
 from burnish.generate.stream import AnswerPieces, Piece, StopWhen, TextPieces, Token, TokenStream
 from burnish.types import Message
@@ -27,8 +28,6 @@ from burnish.types import Message
 if TYPE_CHECKING:
     from burnish.chat.template import ChatTemplate
     from burnish.generate.arguments import GeneratingArguments
-
-DEFAULT_NEW_TOKENS = 1024  # where neither the user nor the model's generation config says how long an answer may be
 
 
 class Engine:
@@ -97,7 +96,7 @@ class Engine:
         answer: AnswerPieces,
         stop: threading.Event,
     ) -> Generator[Piece, None, None]:
-        stop_ids, num_generated, reason = set(_as_list(config.eos_token_id)), 0, "length"
+        stop_ids, num_generated, reason = set(as_list(config.eos_token_id)), 0, "length"
         penalty = config.repetition_penalty or self.model.generation_config.repetition_penalty or 1.0
         processors, recorder = make_processors(options, penalty, len(prompt))
         if recorder is not None:
@@ -147,64 +146,16 @@ class Engine:
         return answers
 
     def generation_config(self, asked: GeneratingArguments, prompt_length: int) -> GenerationConfig:
-        """What is asked for; what is None was not said, and transformers fills it in from the model's own config."""
         own = self.model.generation_config
-        samples = self.draws(asked)
-        settings: dict[str, Any] = {
-            "do_sample": samples,
-            "num_beams": asked.num_beams or own.num_beams or 1,
-            "repetition_penalty": asked.repetition_penalty,
-            "eos_token_id": sorted({*self.template.stop_ids, *_as_list(own.eos_token_id)}) or None,
-            "pad_token_id": self._pad_id(),
-        }
-        if samples:
-            settings |= {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k}
-        else:  # values that mean nothing: transformers would warn of the model's own, which greedy decoding cannot use
-            settings |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0}
-        if settings["num_beams"] > 1:
-            settings["length_penalty"] = asked.length_penalty
-        new_tokens = self._new_tokens(asked, prompt_length)
-        # max_new_tokens wins over max_length, and transformers warns when both are set, even if one is the model's own
-        if own.max_length is None or own.max_new_tokens is not None:
-            settings["max_new_tokens"] = new_tokens
-        else:
-            settings["max_length"] = prompt_length + new_tokens
-        return GenerationConfig(**{name: value for name, value in settings.items() if value is not None})
-
-    def draws(self, asked: GeneratingArguments) -> bool:
-        """Is the next token drawn, or the likeliest taken? A temperature of 0 is OpenAI's word for the latter."""
-        own = self.model.generation_config
-        if asked.temperature == 0:
-            return False
-        if asked.do_sample is not None:
-            return asked.do_sample
-        if any(value is not None for value in (asked.temperature, asked.top_p, asked.top_k)):
-            return True  # who sets how to draw wants to draw
-        return bool(own.do_sample) and own.temperature != 0
-
-    def _new_tokens(self, asked: GeneratingArguments, prompt_length: int) -> int:
-        """How many tokens may follow a prompt: as asked, else the model's habit, and never past its positions."""
-        own, limit = self.model.generation_config, self.max_positions
-        if asked.max_new_tokens is not None:
-            new_tokens = asked.max_new_tokens
-        elif asked.max_length is not None:
-            new_tokens = asked.max_length - prompt_length
-        elif own.max_new_tokens is not None:
-            new_tokens = own.max_new_tokens
-        elif own.max_length is not None and own.max_length > prompt_length:
-            new_tokens = own.max_length - prompt_length
-        else:
-            new_tokens = DEFAULT_NEW_TOKENS
-        if new_tokens < 1:
-            name = "max_length" if asked.max_new_tokens is None else "max_new_tokens"
-            problem = f"leaves no room for an answer to a prompt of {prompt_length:,} tokens"
-            raise UserError(Problem("generation", name, vars(asked)[name], problem, "make it larger"))
-        return new_tokens if limit is None else min(new_tokens, limit - prompt_length)
+        config = make_config(asked, own, new_tokens(asked, own, prompt_length, self.max_positions), prompt_length)
+        config.eos_token_id = sorted({*self.template.stop_ids, *as_list(own.eos_token_id)}) or None
+        config.pad_token_id = self._pad_id()
+        return config
 
     @property
     def max_positions(self) -> int | None:
         """Tokens of the longest prompt and answer together; None where the model has no such bound."""
-        return _num_positions(self.model.config)
+        return num_positions(self.model.config)
 
     @property
     def vocabulary_size(self) -> int:
@@ -257,7 +208,7 @@ class Engine:
                 stopping_criteria=StoppingCriteriaList([StopWhen(stop)]),
                 streamer=stream,
             )
-        stop_ids = set(_as_list(config.eos_token_id))
+        stop_ids = set(as_list(config.eos_token_id))
         return [_until_end(row, stop_ids) for row in output[:, longest:].tolist()]
 
 
@@ -271,16 +222,6 @@ def _fill(stream: TokenStream, generate: Callable[..., list[list[int]]], at_once
         stream.close()
     except BaseException as error:
         stream.close(error)
-
-
-def _num_positions(config: Any) -> int | None:
-    """The longest text the model was made for; None where it has no such bound (recurrent models)."""
-    text = config.get_text_config(decoder=True)
-    return text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None
-
-
-def _as_list(ids: int | Sequence[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _until_end(ids: list[int], stop_ids: set[int]) -> list[int]:

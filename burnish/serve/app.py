@@ -1,14 +1,12 @@
 """The HTTP application: from a request to a prompt, to the line before the engine, and back as JSON or as events.
 
 It reads top to bottom as a request goes: `Api.chat` → `_prompt` → `_reply` → `_parts`. What OpenAI's JSON looks like is
-known to protocol.py alone. Plain starlette: bodies are read whatever their content type says, as `curl -d` sends none
-that fits.
+known to requests.py and replies.py alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,24 +19,24 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from burnish.chat.template import CannotRender, ChatTemplate
 from burnish.data.encode import DocumentFrame
+from burnish.generate.config import draws
 from burnish.generate.engine import Engine
 from burnish.generate.stream import Piece
 from burnish.generate.vocabulary import TokenTexts
-from burnish.serve import metrics, protocol
+from burnish.serve import replies, requests
 from burnish.serve.answer import ChatReader, Part, TextReader, special_tokens
 from burnish.serve.dispatch import Dispatcher
-from burnish.serve.door import ClientLeft, Door, Tally, as_refused, json_bytes, json_response, refusal, while_connected
+from burnish.serve.door import OF_METRICS, Door, Metrics, Tally
 from burnish.serve.fields import Refused
+from burnish.serve.wire import EventStream, json_response, no_such_route, read_body, while_connected
 
-MOST_BYTES = 32 * 2**20  # of a request
-EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 EVERYBODY = {"allow_origins": ["*"], "allow_methods": ["*"], "allow_headers": ["*"], "allow_credentials": True}
 
 T = TypeVar("T")
@@ -63,11 +61,11 @@ class Served:
 class Plan:
     """An answer that is to be made: n choices for each prompt, how each is read, and how all are written."""
 
-    request: protocol.Request
+    request: requests.Request
     prompts: list[list[int]]
     overrides: dict[str, Any]  # fields of GeneratingArguments
     reader: Callable[[int, list[int]], Reader]
-    writer: protocol.Writer
+    writer: replies.Writer
 
 
 class Api:
@@ -76,7 +74,7 @@ class Api:
     def __init__(self, served: Served):
         self.served, self.engine = served, served.engine
         self.dispatcher = Dispatcher(served.engine)
-        self.metrics = metrics.Metrics()
+        self.metrics = Metrics()
         self._aside = ThreadPoolExecutor(1, "tokenize")  # a long prompt must not hold up the event loop
         tokenizer = self.engine.tokenizer
         self._frame = DocumentFrame.of(tokenizer, split_special_tokens=served.split_special_tokens)
@@ -101,7 +99,7 @@ class Api:
         application = Starlette(
             routes=routes,
             middleware=[Middleware(CORSMiddleware, **EVERYBODY), door],
-            exception_handlers={HTTPException: _no_such_route},
+            exception_handlers={HTTPException: no_such_route},
         )
         application.router.redirect_slashes = False
         return application
@@ -109,7 +107,7 @@ class Api:
     # ---- endpoints ----
 
     async def chat(self, http: Request) -> ASGIApp:
-        request, conversation = protocol.read_chat(await _body(http))
+        request, conversation = requests.read_chat(await read_body(http))
         template, prompt = await self._off_loop(self._prompt, conversation)
 
         def reader(index: int, prompt: list[int]) -> Reader:
@@ -119,48 +117,48 @@ class Api:
 
         # special tokens come too: some models mark thoughts and calls with them; the reader leaves them out
         overrides = self._overrides(request) | {"skip_special_tokens": False}
-        writer = protocol.ChatWriter(request.model or self.served.name, request, self._texts)
+        writer = replies.ChatWriter(request.model or self.served.name, request, self._texts)
         return await self._reply(http, Plan(request, [prompt], overrides, reader, writer))
 
     async def complete(self, http: Request) -> ASGIApp:
-        request, given = protocol.read_completion(await _body(http))
+        request, given = requests.read_completion(await read_body(http))
         prompts = [await self._off_loop(self._ids, prompt) for prompt in given]
         overrides = self._overrides(request)
         own = self.engine.generating
         if request.max_tokens is None and own.max_new_tokens is None and own.max_length is None:
-            overrides["max_new_tokens"] = protocol.COMPLETION_TOKENS
-        writer = protocol.CompletionWriter(request.model or self.served.name, request, self._texts)
+            overrides["max_new_tokens"] = requests.COMPLETION_TOKENS
+        writer = replies.CompletionWriter(request.model or self.served.name, request, self._texts)
         return await self._reply(http, Plan(request, prompts, overrides, lambda i, _: TextReader(i), writer))
 
     async def tokenize(self, http: Request) -> Response:
-        asked = protocol.read_tokenize(await _body(http))
-        if isinstance(asked, protocol.Conversation):
+        asked = requests.read_tokenize(await read_body(http))
+        if isinstance(asked, requests.Conversation):
             _, ids = await self._off_loop(self._prompt, asked)
         else:
             ids = await self._off_loop(self._ids, asked)
-        return json_response(protocol.tokens(ids, self.engine.max_positions))
+        return json_response(replies.tokens(ids, self.engine.max_positions))
 
     async def models(self, http: Request) -> Response:
-        return json_response(protocol.models(self.served.name, self._created))
+        return json_response(replies.models(self.served.name, self._created))
 
     async def model(self, http: Request) -> Response:
         name = http.path_params["name"]
         if name != self.served.name:
             message = f"There is no model {name[:80]!r}; the one that is served is {self.served.name!r}."
             raise Refused(message, "model", "model_not_found", 404)
-        return json_response(protocol.model(name, self._created))
+        return json_response(replies.model(name, self._created))
 
     async def health(self, http: Request) -> Response:
         self.dispatcher.check()
         return json_response({"status": "ok"})
 
     async def show_metrics(self, http: Request) -> Response:
-        headers = {"content-type": metrics.CONTENT_TYPE}
+        headers = {"content-type": OF_METRICS}
         return Response(self.metrics.text(self.dispatcher.num_waiting), headers=headers)
 
     # ---- from a request to a prompt ----
 
-    def _prompt(self, asked: protocol.Conversation) -> tuple[ChatTemplate, list[int]]:
+    def _prompt(self, asked: requests.Conversation) -> tuple[ChatTemplate, list[int]]:
         template = self._template(asked.enable_thinking)
         try:
             self._check_calls(template, asked)
@@ -179,7 +177,7 @@ class Api:
             self._templates[enable_thinking] = self.served.template_for(enable_thinking)
         return self._templates[enable_thinking]
 
-    def _check_calls(self, template: ChatTemplate, asked: protocol.Conversation) -> None:
+    def _check_calls(self, template: ChatTemplate, asked: requests.Conversation) -> None:
         """A template that knows nothing of tools or of calls may leave them out without a word."""
         calls = [call for message in asked.messages for call in message.get("tool_calls", ())]
         if not (asked.tools or calls):
@@ -202,7 +200,7 @@ class Api:
             )
         return prompt
 
-    def _overrides(self, request: protocol.Request) -> dict[str, Any]:
+    def _overrides(self, request: requests.Request) -> dict[str, Any]:
         """What the engine is asked otherwise than the server's own settings say.
 
         Where neither request, settings nor the model's generation config say how to draw, it is OpenAI's way: from all
@@ -215,7 +213,7 @@ class Api:
             asked["do_sample"] = True
         elif asked and "do_sample" not in asked:
             asked["do_sample"] = None  # who sets how to draw wants to draw, whatever the server's settings say
-        if asked.get("top_k", base.top_k) is None and own.top_k is None and self.engine.draws(replace(base, **asked)):
+        if asked.get("top_k", base.top_k) is None and own.top_k is None and draws(replace(base, **asked), own):
             asked["top_k"] = 0  # where transformers would take the 50 likeliest
         return asked if request.max_tokens is None else asked | {"max_new_tokens": request.max_tokens}
 
@@ -228,7 +226,7 @@ class Api:
         tally: Tally = http.scope["tally"]
         tally.prompt_tokens = sum(map(len, plan.prompts))
         if plan.request.stream:
-            return _EventStream(self._events(plan, tally))
+            return EventStream(self._events(plan, tally))
         return json_response(await while_connected(http.receive, self._whole(plan, tally)))
 
     def _check_room(self, prompt: list[int], plan: Plan) -> None:
@@ -254,66 +252,15 @@ class Api:
 
     async def _whole(self, plan: Plan, tally: Tally) -> dict[str, Any]:
         parts = [part async for part in self._parts(plan, tally)]
-        return plan.writer.whole(parts, protocol.Usage(tally.prompt_tokens, tally.generated_tokens))
+        return plan.writer.whole(parts, replies.Usage(tally.prompt_tokens, tally.generated_tokens))
 
     async def _events(self, plan: Plan, tally: Tally) -> AsyncGenerator[Any, None]:
         writer = plan.writer
         async for part in self._parts(plan, tally):
             for chunk in [writer.chunk(part)] if part else writer.opening(part.index):
                 yield chunk
-        for chunk in writer.closing(protocol.Usage(tally.prompt_tokens, tally.generated_tokens)):
+        for chunk in writer.closing(replies.Usage(tally.prompt_tokens, tally.generated_tokens)):
             yield chunk
 
     async def _off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._aside, function, *arguments)
-
-
-class _EventStream:
-    """A response of server-sent events. What goes wrong once they flow is the last of them."""
-
-    def __init__(self, events: AsyncGenerator[Any, None]):
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(name.encode(), value.encode()) for name, value in EVENTS.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await while_connected(receive, self._send(send))
-
-    async def _send(self, send: Send) -> None:
-        async def event(data: bytes, *, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
-
-        async with aclosing(self._events) as events:
-            try:
-                async for content in events:
-                    await event(json_bytes(content))
-            except Exception as error:
-                await event(json_bytes(protocol.error(as_refused(error))), more=False)
-            else:
-                await event(b"[DONE]", more=False)
-
-
-async def _body(http: Request) -> Any:
-    """The JSON of the body, whatever its content type says."""
-    received = bytearray()
-    try:
-        async for chunk in http.stream():
-            received += chunk
-            if len(received) > MOST_BYTES:
-                raise Refused(f"The body has more than {MOST_BYTES:,} bytes.", None, "request_too_large", 413)
-    except ClientDisconnect as error:
-        raise ClientLeft from error
-    try:
-        content = json.loads(received)
-        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text, though JSON can write it
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"The body is not JSON: {error}.", None, "invalid_json") from error
-    return content
-
-
-async def _no_such_route(http: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    words = {404: "There is nothing at", 405: f"{http.method} is not for"}.get(error.status_code, error.detail)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    refused = Refused(f"{words} {http.url.path[:80]}.", None, code, error.status_code)
-    return refusal(refused, dict(error.headers or {}))

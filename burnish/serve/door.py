@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-import json
 import time
-import traceback
-from collections.abc import Coroutine
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
 from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from burnish import console
-from burnish.errors import UserError
-from burnish.serve import protocol
 from burnish.serve.fields import Refused
-from burnish.serve.metrics import Metrics
-
-T = TypeVar("T")
+from burnish.serve.wire import ClientLeft, as_refused, refusal
 
 LEFT = 499  # what nginx writes for a client that went away; nobody receives it
 QUIET = ("/health", "/metrics")  # asked every few seconds by machines
-
-
-class ClientLeft(Exception):
-    """Nobody is there any more to be answered."""
+OF_METRICS = "text/plain; version=0.0.4; charset=utf-8"  # content type
 
 
 @dataclass
@@ -75,7 +64,7 @@ class Door:
             return self._app
         given = Request(scope).headers.get("authorization", "")
         scheme, _, key = given.partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key.encode()):
+        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._key.encode()):
             return self._app
         message = "The API key is wrong." if given else "An API key is needed: Authorization: Bearer KEY."
         return refusal(Refused(message, None, "invalid_api_key", 401), {"www-authenticate": "Bearer"})
@@ -90,42 +79,47 @@ class Door:
                 console.say(f"{scope['method']} {quote(path[:80])} {status}{tokens} {seconds:.2f} s")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What the work comes to. It is cancelled when the client goes away, and ClientLeft is raised."""
-    task, watch = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientLeft
-    finally:
-        for each in (task, watch):
-            each.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
+class Metrics:
+    """What /metrics tells, in Prometheus's text format.
+
+    https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._prompt_tokens = self._generated_tokens = 0
+
+    def count(self, path: str, status: int, seconds: float, prompt_tokens: int, generated_tokens: int) -> None:
+        """One request that is over. `path` is one of few: each is a series of its own."""
+        self._requests[path, status] += 1
+        self._seconds[path] += seconds
+        self._prompt_tokens += prompt_tokens
+        self._generated_tokens += generated_tokens
+
+    def text(self, waiting: int) -> str:
+        return "".join(f"{line}\n" for line in self._lines(waiting))
+
+    def _lines(self, waiting: int) -> Iterator[str]:
+        yield from _head("burnish_requests_total", "counter", "Requests that are over, by path and HTTP status.")
+        for (path, status), number in sorted(self._requests.items()):
+            yield f'burnish_requests_total{{path="{path}",status="{status}"}} {number}'
+        yield from _head("burnish_request_seconds", "summary", "Seconds from a request's head to its answer's end.")
+        for path, seconds in sorted(self._seconds.items()):
+            times = sum(number for (of_path, _), number in self._requests.items() if of_path == path)
+            yield f'burnish_request_seconds_sum{{path="{path}"}} {seconds:.6f}'
+            yield f'burnish_request_seconds_count{{path="{path}"}} {times}'
+        for name, kind, help_text, value in (
+            ("burnish_prompt_tokens_total", "counter", "Tokens of prompts.", self._prompt_tokens),
+            ("burnish_generated_tokens_total", "counter", "Tokens of answers.", self._generated_tokens),
+            ("burnish_requests_in_flight", "gauge", "Requests that are being answered or wait.", self.in_flight),
+            ("burnish_answers_waiting", "gauge", "Answers that wait for their turn on the model.", waiting),
+        ):
+            yield from _head(name, kind, help_text)
+            yield f"{name} {value}"
 
 
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def as_refused(error: Exception) -> Refused:
-    """What a client hears of an error. One that nobody foresaw is told to whoever runs the server, in full."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, UserError):
-        return Refused(str(error))
-    traceback.print_exception(error)
-    return Refused(f"The server failed: {type(error).__name__}. Its output tells more.", None, "internal_error", 500)
-
-
-def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(json_bytes(content), status, headers, "application/json")
-
-
-def json_bytes(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
-
-
-def refusal(refused: Refused, headers: dict[str, str] | None = None) -> Response:
-    return json_response(protocol.error(refused), refused.status, headers)
+def _head(name: str, kind: str, help_text: str) -> Iterator[str]:
+    yield f"# HELP {name} {help_text}"
+    yield f"# TYPE {name} {kind}"

@@ -79,7 +79,7 @@ def open_place(environment: Mapping[str, str]) -> Place:
     address = Address.of(environment)
     try:
         bound = _bound(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second for a name that can be none, such as "a..b"
         raise _cannot_listen(address, error) from error
     return Place(address, bound)
 
@@ -165,11 +165,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _cannot_listen(address: Address, error: OSError) -> UserError:
-    if error.errno == errno.EADDRINUSE:
+def _cannot_listen(address: Address, error: OSError | UnicodeError) -> UserError:
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EADDRINUSE:
         remedy = "end the program that has it, or give another port: API_PORT=8001"
         return UserError(Problem("burnish api", "API_PORT", address.port, "is in use", remedy))
-    if error.errno == errno.EACCES:
+    if number == errno.EACCES:
         return UserError(Problem("burnish api", "API_PORT", address.port, "is not allowed", "give one above 1023"))
-    message = f"cannot be listened on: {error.strerror}"
+    reason = error.strerror if isinstance(error, OSError) else "it is no name of a machine"
+    message = f"cannot be listened on: {reason}"
     return UserError(Problem("burnish api", "API_HOST", address.host, message, "127.0.0.1 is this machine"))

@@ -112,6 +112,23 @@ def test_llamafactorys_file_for_merging_runs_unchanged_but_for_its_paths(
     assert "export_legacy_format" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("words", "device"), [([], "cpu"), (["export_device=auto"], "cuda")])
+def test_the_model_is_merged_on_the_cpu_or_on_the_gpu_if_there_is_one(
+    words: list[str], device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    base = make_base("llama", tmp_path / "base")
+    asked: list[str] = []
+
+    def load(args: object, *, device: str, **how: object) -> None:
+        asked.append(device)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("burnish.export.run.load_model", load)
+    status, told = refusal(capsys, f"model_name_or_path={base}", f"export_dir={tmp_path / 'out'}", *words)
+    assert (asked, status) == ([device], 1) and "set export_device: cpu" in told
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     status = cli.main(["export", *words])
     return status, capsys.readouterr().err
@@ -133,6 +150,8 @@ def test_what_is_given_wrongly_is_one_line_and_exit_2(tmp_path: Path, capsys: py
         status, told = refusal(capsys, *words)
         assert status == 2 and message in told and "Traceback" not in told, told
         assert len(told.strip().splitlines()) == 1, told
+    status, told = refusal(capsys, f"model_name_or_path={tmp_path}/none", f"export_dir={out}")
+    assert status == 2 and len(told.strip().splitlines()) == 2, told
 
 
 def test_an_adapter_of_another_model_is_refused_and_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

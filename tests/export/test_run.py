@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +152,9 @@ def test_a_head_that_another_program_tuned_apart_from_its_embedding_becomes_a_ma
     model: Any = get_peft_model(loaded(Path(base)), LoraConfig(task_type="CAUSAL_LM", **where))
     shake(model)
     model.save_pretrained(tmp_path / "adapter")
-    report = export(base, tmp_path / "out", str(tmp_path / "adapter"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # what peft has to say of it is not repeated
+        report = export(base, tmp_path / "out", str(tmp_path / "adapter"))
     assert report["untied_by_the_adapter"] == ["lm_head.weight"]
     assert "embedding and head are two matrices now" in capsys.readouterr().err
     assert torch.allclose(logits(loaded(tmp_path / "out")), logits(model), atol=1e-5)
@@ -301,6 +306,16 @@ def test_an_empty_folder_is_taken_and_a_file_is_refused(tmp_path: Path):
         export(base, tmp_path / "file")
 
 
+def test_a_link_leads_to_the_folder_that_is_filled_and_a_disk_of_its_own_is_refused(tmp_path: Path):
+    base = make_base("llama", tmp_path / "base")
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large disk" / "tuned")
+    export(base, tmp_path / "out")
+    assert (tmp_path / "large disk" / "tuned" / "model.safetensors").is_file() and (tmp_path / "out").is_symlink()
+    with pytest.raises(UserError, match="export_dir '/dev' is a disk of its own; name a folder on it"):
+        export(base, Path("/dev"))
+
+
 def test_a_disk_that_is_too_full_is_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = make_base("llama", tmp_path / "base")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
@@ -328,6 +343,41 @@ def test_what_stops_in_the_middle_leaves_nothing_under_the_name(tmp_path: Path, 
     assert not (tmp_path / "out" / "stale.json").exists() and out_of(tmp_path) == ["out"]
 
 
+def test_a_disk_that_becomes_full_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = make_base("llama", tmp_path / "base")
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run, "write_tokenizer", full)
+    assert fault(base, tmp_path / "out").endswith("could not be written: [Errno 28] No space left on device")
+    assert out_of(tmp_path) == []
+
+
+def test_a_model_is_whole_though_nobody_reads_about_it_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`burnish export … | head -1`"""
+    base = make_base("llama", tmp_path / "base")
+
+    def gone(message: str = "") -> None:
+        raise SystemExit(1)  # what rich makes of a broken pipe
+
+    monkeypatch.setattr(run.console, "say", gone)
+    with pytest.raises(SystemExit):
+        export(base, tmp_path / "out")
+    assert out_of(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x08" + bytes(7) + b"{}      "])
+def test_a_file_of_weights_that_is_none_is_told(tmp_path: Path, content: bytes):
+    base = make_base("llama", tmp_path / "base")
+    (Path(base) / "model.safetensors").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: cannot be read|base: holds files of weights with no weights"
+    ):
+        export(base, tmp_path / "out")
+    assert out_of(tmp_path) == []
+
+
 def test_a_device_without_the_memory_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = make_base("llama", tmp_path / "base")
 
@@ -341,13 +391,14 @@ def test_a_device_without_the_memory_is_told_what_to_set(tmp_path: Path, monkeyp
 # ---- the first Qwen ----------------------------------------------------------------------------------------------
 
 
-def test_the_first_qwen_keeps_its_names_and_needs_no_code(tmp_path: Path):
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_the_first_qwen_keeps_its_names_and_needs_no_code(tmp_path: Path, trust_remote_code: bool):
     from qwen1 import make_qwen1
 
     base = str(make_qwen1(tmp_path / "base"))
     adapter = make_adapter(base, tmp_path / "adapter", lora_target=["c_attn", "c_proj"])
     out = tmp_path / "out"
-    report = export(base, out, adapter)
+    report = export(base, out, adapter, trust_remote_code=trust_remote_code)
     assert report["adapters"][0]["tensors"] == 2 * 3 * 2  # A and B of three layers in two blocks
     assert read_listing(out) == read_listing(Path(base))
     assert "transformer.h.0.attn.c_attn.weight" in read_listing(out)

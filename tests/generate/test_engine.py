@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from burnish.chat.template import load_template
 from burnish.errors import UserError
 from burnish.generate.arguments import GeneratingArguments, RequestOptions
-from burnish.generate.engine import DEFAULT_NEW_TOKENS, Engine
+from burnish.generate.config import DEFAULT_NEW_TOKENS
+from burnish.generate.engine import Engine
 from burnish.generate.stream import Piece, TextPieces, decode
 from burnish.types import Message
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from burnish.chat.template import load_template
 from burnish.generate.arguments import GeneratingArguments
 from burnish.generate.engine import Engine
-from burnish.serve import protocol
+from burnish.serve import requests
 
 FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER: list[Any] = [
@@ -150,7 +150,7 @@ def test_a_seed_draws_the_same_again_and_choices_differ(small: Server):
 
 def test_sampling_is_openais_where_nobody_says_otherwise(small: Server):
     def config(**asked: Any) -> tuple[Any, ...]:
-        request, _ = protocol.read_chat({"messages": FRANCE, **asked})
+        request, _ = requests.read_chat({"messages": FRANCE, **asked})
         overrides = small.api._overrides(request)
         base = GeneratingArguments(**{**vars(small.engine.generating), **overrides})
         config, _ = small.engine.model._prepare_generation_config(small.engine.generation_config(base, 10))
@@ -492,7 +492,7 @@ def test_a_body_that_is_no_json_object_is_refused(small: Server, content: bytes)
 
 
 def test_other_faults_have_the_same_shape(small: Server, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("burnish.serve.app.MOST_BYTES", 1000)
+    monkeypatch.setattr("burnish.serve.wire.MOST_BYTES", 1000)
     replies = [
         small.send("GET", "/v1/nowhere"),
         small.send("GET", "/v1/chat/completions"),
@@ -718,7 +718,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8
 
 
 def test_the_page_names_every_field_and_variable():
-    fields = {*protocol._NOT_BUILT, *protocol._NO_EFFECT, *vars(protocol.read_chat({"messages": FRANCE})[0].options)}
+    fields = {*requests._NOT_BUILT, *requests._NO_EFFECT, *vars(requests.read_chat({"messages": FRANCE})[0].options)}
     fields -= {"stop_strings"}
     fields |= {"stop", "API_HOST", "API_PORT", "API_KEY", "API_MODEL_NAME", "echo", "suffix", "best_of", "do_sample"}
     assert [name for name in sorted(fields) if not re.search(f"`{name}[`:]", PAGE)] == []

@@ -1,4 +1,4 @@
-"""OpenAI's JSON, and the only file that knows it: requests into what the engine is asked, its answers into replies.
+"""OpenAI's JSON, requests: each becomes what the engine is asked. What is written back is in replies.py.
 
 Every field is honoured, or changes nothing and says so in OpenAI's reference, or is refused by name.
 https://platform.openai.com/docs/api-reference/chat, …/completions
@@ -7,18 +7,11 @@ https://platform.openai.com/docs/api-reference/chat, …/completions
 from __future__ import annotations
 
 import json
-import secrets
-import string
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from burnish.generate.arguments import RequestOptions
-from burnish.generate.stream import Token
-from burnish.generate.vocabulary import TokenTexts
-from burnish.serve.answer import Part
-from burnish.serve.fields import Fields, Refused
+from burnish.serve.fields import Fields
 from burnish.types import Message
 
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 128, 4, 20
@@ -29,10 +22,7 @@ _NO_EFFECT = ("user", "store", "metadata", "service_tier", "safety_identifier", 
 _NOT_FORCED = "what the model writes is not forced into a form; 'auto' lets it call, 'none' does not"
 # Fields that are known and not built: (the values that ask for what happens anyway, why not)
 _NOT_BUILT: dict[str, tuple[tuple[Any, ...], str]] = {
-    "response_format": (
-        (({"type": "text"}),),
-        "what the model writes is not forced into a form; ask for JSON in words",
-    ),
+    "response_format": (({"type": "text"},), "what the model writes is not forced into a form; ask for JSON in words"),
     "parallel_tool_calls": ((True,), "how many tools a model calls in one answer is its own choice"),
     "logit_bias": (({},), "it is not built"),
     "modalities": ((["text"],), "this model writes text"),
@@ -42,9 +32,6 @@ _NOT_BUILT: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": ((), "it is what 'tool_choice' was called"),
 }
 _ROLES = {"developer": "system", "function": "tool"} | {role: role for role in ("system", "user", "assistant", "tool")}
-
-
-# ---- requests ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,8 +49,7 @@ class Request:
     def choice(self, number: int) -> RequestOptions:
         """Each choice of a seeded request draws otherwise, and the same the next time."""
         seed = self.options.seed
-        shifted = None if seed is None else (seed + number) % 2**63
-        return RequestOptions(**{**vars(self.options), "seed": shifted})
+        return self.options if seed is None else replace(self.options, seed=(seed + number) % 2**63)
 
 
 @dataclass(frozen=True)
@@ -259,169 +245,3 @@ def _tool(given: Any, place: str) -> dict[str, Any]:
     fields.finish()
     shown = {key: value for key, value in declared.items() if value is not None and key != "strict"}
     return {"type": "function", "function": shown}
-
-
-# ---- replies -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Usage:
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def json(self) -> dict[str, int]:
-        return {**vars(self), "total_tokens": self.prompt_tokens + self.completion_tokens}
-
-
-class Writer:
-    """Parts → one whole reply, or the chunks of a stream."""
-
-    prefix, whole_object, chunk_object = "", "", ""
-
-    def __init__(self, model: str, request: Request, texts: TokenTexts):
-        self.request, self.texts = request, texts
-        self._head = {"id": self.prefix + secrets.token_hex(12), "created": int(time.time()), "model": model}
-
-    def whole(self, parts: Sequence[Part], usage: Usage) -> dict[str, Any]:
-        indices = dict.fromkeys(part.index for part in parts)
-        choices = [self._choice(_joined([part for part in parts if part.index == index])) for index in indices]
-        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage.json()}
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """What goes before the first part of a choice."""
-        return []
-
-    def chunk(self, part: Part) -> dict[str, Any]:
-        return self._chunk([self._delta(part)])
-
-    def closing(self, usage: Usage) -> list[dict[str, Any]]:
-        return [{**self._chunk([]), "usage": usage.json()}] if self.request.include_usage else []
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"usage": None} if self.request.include_usage else {}
-        return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
-
-    def _choice(self, part: Part) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _delta(self, part: Part) -> dict[str, Any]:
-        raise NotImplementedError
-
-
-class ChatWriter(Writer):
-    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return [self._chunk([{**choice, "finish_reason": None}])]
-
-    def _choice(self, part: Part) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
-        if part.reasoning:
-            message["reasoning_content"] = part.reasoning
-        if part.calls:
-            message["content"] = part.text or None
-            message["tool_calls"] = [_written_call(call) for call in part.calls]
-        return {"index": part.index, "message": message, **self._ending(part)}
-
-    def _delta(self, part: Part) -> dict[str, Any]:
-        delta: dict[str, Any] = {}
-        if part.text:
-            delta["content"] = part.text
-        if part.reasoning:
-            delta["reasoning_content"] = part.reasoning
-        if part.calls:
-            delta["tool_calls"] = [{"index": i, **_written_call(call)} for i, call in enumerate(part.calls)]
-        return {"index": part.index, "delta": delta, **self._ending(part)}
-
-    def _ending(self, part: Part) -> dict[str, Any]:
-        logprobs = None
-        if self.request.options.top_logprobs is not None:
-            logprobs = {"content": [self._logprob(token) for token in part.tokens], "refusal": None}
-        return {"logprobs": logprobs, "finish_reason": part.finish_reason or None}
-
-    def _logprob(self, token: Token) -> dict[str, Any]:
-        likeliest = [self._token(token_id, logprob) for token_id, logprob in token.likeliest]
-        return {**self._token(token.id, token.logprob), "top_logprobs": likeliest}
-
-    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        known = self.texts.bytes_of(token_id)
-        return {
-            "token": self.texts.text_of(token_id),
-            "logprob": _finite(logprob),
-            "bytes": None if known is None else list(known),
-        }
-
-
-class CompletionWriter(Writer):
-    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
-
-    def __init__(self, model: str, request: Request, texts: TokenTexts):
-        super().__init__(model, request, texts)
-        self._written: dict[int, int] = {}  # characters of each choice
-
-    def _choice(self, part: Part) -> dict[str, Any]:
-        logprobs = None if self.request.options.top_logprobs is None else self._logprobs(part)
-        ending = {"logprobs": logprobs, "finish_reason": part.finish_reason or None}
-        return {"index": part.index, "text": part.text, **ending}
-
-    _delta = _choice
-
-    def _logprobs(self, part: Part) -> dict[str, Any]:
-        texts = [self.texts.text_of(token.id) for token in part.tokens]
-        offsets = []
-        at = self._written.get(part.index, 0)
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self._written[part.index] = at
-        return {
-            "tokens": texts,
-            "token_logprobs": [_finite(token.logprob) for token in part.tokens],
-            "top_logprobs": [
-                {self.texts.text_of(token_id): _finite(logprob) for token_id, logprob in token.likeliest}
-                for token in part.tokens
-            ],
-            "text_offset": offsets,
-        }
-
-
-def _joined(parts: Sequence[Part]) -> Part:
-    return Part(
-        parts[0].index,
-        "".join(part.text for part in parts),
-        "".join(part.reasoning for part in parts),
-        tuple(call for part in parts for call in part.calls),
-        tuple(token for part in parts for token in part.tokens),
-        parts[-1].finish_reason,
-    )
-
-
-def _written_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    # nine letters and digits: the chat templates of Mistral's models take no other when the call is handed back
-    call_id = "call" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(5))
-    arguments = json.dumps(function["arguments"], ensure_ascii=False)
-    return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _finite(logprob: float | None) -> float | None:
-    """JSON has no infinity; OpenAI's API says −9999 for what cannot come."""
-    return logprob if logprob is None else max(logprob, -9999.0)
-
-
-def models(name: str, created: int) -> dict[str, Any]:
-    return {"object": "list", "data": [model(name, created)]}
-
-
-def model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "burnish"}
-
-
-def tokens(ids: Sequence[int], max_length: int | None) -> dict[str, Any]:
-    return {"count": len(ids), "max_model_len": max_length, "tokens": list(ids)}
-
-
-def error(refused: Refused) -> dict[str, Any]:
-    kind = "server_error" if refused.status >= 500 else "invalid_request_error"
-    return {"error": {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}}
