@@ -23,6 +23,9 @@ FILES = {
         "examples/train_lora/qwen3_lora_sft.yaml",
     ],
     "templates-llamacpp": ["Qwen-Qwen3-0.6B.jinja", "README.md"],
+    "templates-trl": ["qwen3_training.jinja", "llava_next.jinja"],
+    "templates-axolotl": ["chatml.jinja", "command_a_tool_use.jinja"],
+    "llamafactory-templates": ["template.py", "formatter.py", "tool_utils.py", "data_utils.py"],
 }
 
 

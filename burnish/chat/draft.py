@@ -51,6 +51,16 @@ class Draft:
         start, end = _borders(self.tokens, turn)
         return None if start is None or end is None else range(start, end)
 
+    def holding(self, start: int, end: int, stop_ids: Sequence[int]) -> range:
+        """Tokens that hold `text[start:end]`, whole or in part, and the end token behind them."""
+        if start >= end:
+            return range(0)
+        ids, places = self.tokens.ids, range(len(self.rendered.text))
+        first = next(n for n in map(self.tokens.index_of, places[start::-1]) if n is not None)
+        last = next((n for n in map(self.tokens.index_of, places[end - 1 :]) if n is not None), len(ids) - 1)
+        ended = last + 1 < len(ids) and ids[last + 1] in stop_ids
+        return range(first, last + 2 if ended else last + 1)
+
     def encoded(self, eos_id: int | None, stop_ids: Sequence[int]) -> Encoded:
         ids = self.tokens.ids
         trained = [False] * len(ids)
@@ -95,17 +105,19 @@ def draft_samples(encoder: TextEncoder, whole: Rendered, turns: Sequence[Turn]) 
 
 
 def with_prompts(
-    drafts: Sequence[Draft], left_out: Sequence[Turn], eos_id: int | None, stop_ids: Sequence[int]
+    drafts: Sequence[Draft], left_out: Sequence[Sequence[range]], eos_id: int | None, stop_ids: Sequence[int]
 ) -> list[Encoded]:
-    """Samples with every token trained, but for what an earlier sample began with too, and turns that are left out."""
+    """Samples with every token trained, but for what an earlier sample began with too, and turns that are left out.
+
+    `left_out`: for each draft, the tokens of such turns.
+    """
     samples: list[Encoded] = []
-    for draft in drafts:
+    for draft, ranges in zip(drafts, left_out, strict=True):
         sample = draft.encoded(eos_id, stop_ids)
         known = _common_length(sample.input_ids, samples[-1].input_ids) if samples else 0
         trained = [i >= known for i in range(len(sample.input_ids))]
-        for turn in left_out:
-            for i in draft.indices(turn) or ():
-                trained[i] = False
+        for i in (i for tokens in ranges for i in tokens):
+            trained[i] = False
         samples.append(Encoded(sample.input_ids, trained, sample.straddled))
     return samples
 

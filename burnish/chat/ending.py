@@ -17,7 +17,7 @@ _RULE = {"role": "system", "content": "A rule."}
 _IN_PARTS: Chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in (QUESTION, _ANSWER)]
 
 # What published templates put behind tool calls to end them, where it is not what ends other answers
-_CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|calls|>", "<|tool_response>")
+_CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|calls|>", "<|tool_response>", "<|observation|>")
 
 # Some templates take no conversation without tools, or no content but in parts
 _QUESTIONS: tuple[tuple[Chat, Tools], ...] = (
@@ -84,7 +84,7 @@ def _ask_for_ending(renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> E
             continue
         question = next(message for message in chat if message["role"] == "user")
         follows = _behind_words(renderer, [*chat, question], tools) or ""
-        at, marker = _end_marker(tail, follows, tokenizer)
+        at, marker = _end_marker(tail, follows, tokenizer, _before_words(renderer, chat, tools))
         if marker:
             return Ending(tail, marker, tail[:at])
         return _ending_by_what_follows(renderer, tokenizer, tail, follows, question)
@@ -104,23 +104,34 @@ def find_lead(renderer: Renderer) -> str | None:
     return text[len(prompt) :].partition(_WORDS)[0] if text.startswith(prompt) else None
 
 
-def _end_marker(tail: str, follows: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+def _before_words(renderer: Renderer, chat: Chat, tools: Tools) -> str:
+    """What the assistant itself writes before the words of an answer: `<|close|>think…` for Kimi K3, mostly nothing."""
+    try:
+        asked = renderer.render(chat[:-1], tools, generation=True).text
+    except CannotRender:
+        return ""
+    text = _text(renderer, chat, tools).rpartition(_WORDS)[0]
+    return text[common_length(asked, text) :]
+
+
+def _end_marker(tail: str, follows: str, tokenizer: PreTrainedTokenizerBase, before: str) -> tuple[int, str]:
     """The end token in what stands behind an answer, and its place.
 
-    It is the tokenizer's where that stands there always (for Cohere behind another marker), else the first marker:
-    Phi-3 puts the tokenizer's behind the last answer only, and `<|end|>` behind each.
+    It is the tokenizer's where that stands there always (for Cohere behind another marker), else the first marker that
+    does not stand before the words as well: Phi-3 puts the tokenizer's behind the last answer only, and `<|end|>`
+    behind each.
     """
     eos = str(tokenizer.eos_token or "")
     at = tail.find(eos) if eos else -1
     if at >= 0 and tail[: at + len(eos)] == follows[: at + len(eos)]:
         return at, eos
-    return _first_marker(tail, tokenizer)
+    return _first_marker(tail, tokenizer, but=before)
 
 
-def _first_marker(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
-    """The first token that was added to the vocabulary, the longest if several begin there."""
+def _first_marker(text: str, tokenizer: PreTrainedTokenizerBase, but: str = "") -> tuple[int, str]:
+    """The first token that was added to the vocabulary, the longest if several begin there; none that is in `but`."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values())
-    found = [(text.find(marker), -len(marker), marker) for marker in added if marker.strip() and marker in text]
+    found = [(text.find(m), -len(m), m) for m in added if m.strip() and m in text and m not in but]
     if found:
         return min(found)[0], min(found)[2]
     marker = text.strip()  # it may be a token without having been added, as in some sentencepiece vocabularies

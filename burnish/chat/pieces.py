@@ -9,10 +9,13 @@ Special-token look-alikes that stand in `Rendered.plain` are tokenized as the or
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from burnish.chat.words import Marker, WordTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +39,8 @@ class _Piece:
     start: int  # where it begins in the whole text
     text: str
     ids: list[int]
-    encoding: Any = None  # tokenizers.Encoding, None for a tokenizer written in Python
+    encoding: Any = None  # tokenizers.Encoding, None for a tokenizer written in Python, or word by word
+    markers: Sequence[Marker] | None = None  # where it was tokenized word by word
     lead_chars: int = 0  # what stands in `encoding` before the piece's own text (see TextEncoder._after)
     lead_tokens: int = 0
 
@@ -76,8 +80,10 @@ class Tokens:
         """Which token holds `char`: for a border that is none of serving's, and need not be cut out of a token."""
         before = 0
         for piece in self._pieces:
-            if piece.start <= char < piece.start + len(piece.text) and piece.encoding is not None:
-                return before + piece.token_at(char - piece.start)
+            if piece.start <= char < piece.start + len(piece.text):
+                piece = self._encoder.with_offsets(piece)
+                if piece.encoding is not None:
+                    return before + piece.token_at(char - piece.start)
             before += len(piece.ids)
         return self.index_at(char)
 
@@ -93,6 +99,8 @@ class Tokens:
         return before
 
     def _index_in(self, piece: _Piece, at: int, after_marker: bool) -> int | None:
+        if piece.markers is not None:
+            return self._index_behind_marker(piece, piece.markers, at, after_marker)
         if piece.encoding is None:
             head = self._encoder.head_ids(piece.text[:at], continues=piece.start > 0)
             return len(head) if piece.ids[: len(head)] == head else None
@@ -110,6 +118,16 @@ class Tokens:
         head = self._encoder.head_ids(piece.text[head_start:at], continues=marker < 0 and piece.start > 0)
         return index if head == piece.ids[first:index] else None
 
+    def _index_behind_marker(self, piece: _Piece, markers: Sequence[Marker], at: int, after_marker: bool) -> int | None:
+        """Where tokens spell their text byte by byte, equal ids are equal text, and no offsets are needed."""
+        number = bisect_left(markers, at, key=lambda marker: marker.start)
+        start, end, token = markers[number - 1] if number else Marker(0, 0, 0)
+        if at < end:  # inside a marker
+            return token + 1 if after_marker else None
+        head = self._encoder.head_ids(piece.text[start:at], continues=False)
+        behind = token + len(head)
+        return behind if piece.ids[token:behind] == head else None
+
 
 class TextEncoder:
     """A tokenizer as chat templates need it: no special tokens of its own (templates write them), exact borders."""
@@ -122,6 +140,7 @@ class TextEncoder:
         as_is = fast and type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
         # straight to the Rust tokenizer: the call around it does work for batches and padding, with every row
         self._backend: Any = tokenizer.backend_tokenizer if fast and as_is else None
+        self._words = WordTokenizer.of(self._backend) if self._backend is not None else None
         self.added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._heads: dict[tuple[str, bool], list[int]] = {}
         self._anchor, self._anchor_ids = "", []
@@ -155,8 +174,17 @@ class TextEncoder:
     def _piece(self, start: int, text: str, *, as_text: bool = False) -> _Piece:
         if start and self._anchor:
             return self._after(start, text, as_text)
+        if self._words and not as_text and (found := self._words.encode(text)):
+            return _Piece(start, text, found[0], markers=found[1])
         ids, encoding = self._call(text, as_text)
         return _Piece(start, text, ids, encoding)
+
+    def with_offsets(self, piece: _Piece) -> _Piece:
+        """The piece as the tokenizer itself gives it, which knows the place of each token."""
+        if piece.markers is None:
+            return piece
+        ids, encoding = self._call(piece.text, False)
+        return _Piece(piece.start, piece.text, ids, encoding)
 
     def _after(self, start: int, text: str, as_text: bool) -> _Piece:
         """Tokenize text that follows other text, where the tokenizer would put a space before the first word.
@@ -169,7 +197,7 @@ class TextEncoder:
         if ids[:lead] != self._anchor_ids:
             ids, encoding = self._call(text, as_text)
             return _Piece(start, text, ids, encoding)
-        return _Piece(start, text, ids[lead:], encoding, len(self._anchor), lead)
+        return _Piece(start, text, ids[lead:], encoding, lead_chars=len(self._anchor), lead_tokens=lead)
 
     def _find_anchor(self) -> tuple[str, list[int]]:
         newline = self._call("\n", False)[0]

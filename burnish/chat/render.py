@@ -67,9 +67,10 @@ class Renderer:
         enable_thinking: bool | None = None,
         mark_look_alikes: bool = False,
     ):
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         self._jinja: Any = render_jinja_template
+        self._compiled: Any = _compile_jinja_template  # remembers
         self._source, self._default_system = source, default_system
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         if enable_thinking is not None:
@@ -107,17 +108,18 @@ class Renderer:
     def render(self, chat: Chat, tools: Tools = None, *, generation: bool = False) -> Rendered:
         """`generation`: with the header of the answer that is asked for. Raises CannotRender."""
         try:
-            texts, _ = self._jinja(
-                [chat],
-                tools=tools,
-                chat_template=self.source(tools),
-                add_generation_prompt=generation,
-                **self._variables,
-            )
+            text = self._text(chat, tools, {"add_generation_prompt": generation, **self._variables})
         except Exception as error:  # a template is a program of somebody else's: it can fail in any way
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CannotRender(f"the chat template refuses it: {reason}") from error
-        return _unmarked(texts[0]) if self._look_alike else Rendered(texts[0])
+        return _unmarked(text) if self._look_alike else Rendered(text)
+
+    def _text(self, chat: Chat, tools: Tools, variables: dict[str, Any]) -> str:
+        if tools is None and all(_is_plain(message) for message in chat):
+            # what `_jinja` comes to, which takes as long again to look for what is no plain text
+            return self._compiled(self.source()).render(messages=chat, tools=None, documents=None, **variables)
+        texts, _ = self._jinja([chat], tools=tools, chat_template=self.source(tools), **variables)
+        return texts[0]
 
     def written(self, text: str) -> str:
         """A string of `chat`'s as the template's text holds it: without marks."""
@@ -144,19 +146,22 @@ class Renderer:
     @cached_property
     def call_shape(self) -> CallShape:
         for as_text in (False, True):
-            for no_content in ({"content": ""}, {}, {"content": None}):
-                shape = CallShape(as_text, no_content)
-                turn = shape.turn()
-                try:
-                    text = self.render([QUESTION, turn], [TOOL]).text
-                    before = self.render([QUESTION], [TOOL], generation=True).text
-                except CannotRender:
-                    continue
-                written = text[common_length(text, before) :]
-                # 'key' in single quotes is how Python prints a dict: that template wants text
-                if all(word in written for word in _CALL_WORDS) and "'burnish7key'" not in written:
-                    return replace(shape, sample=written)
+            shapes = [CallShape(as_text, no_content) for no_content in ({"content": ""}, {}, {"content": None})]
+            shapes = [replace(shape, sample=sample) for shape in shapes if (sample := self._call_of(shape))]
+            if shapes:  # DeepSeek R1's writes an empty answer behind the calls for content ""
+                return min(shapes, key=lambda shape: len(shape.sample))
         return CallShape()
+
+    def _call_of(self, shape: CallShape) -> str:
+        """What the template writes for a call of this shape; "" where it does not write all of it."""
+        try:
+            text = self.render([QUESTION, shape.turn()], [TOOL]).text
+            before = self.render([QUESTION], [TOOL], generation=True).text
+        except CannotRender:
+            return ""
+        written = text[common_length(text, before) :]
+        # 'key' in single quotes is how Python prints a dict: that template wants text
+        return written if all(word in written for word in _CALL_WORDS) and "'burnish7key'" not in written else ""
 
     def _marked(self, message: dict[str, Any]) -> dict[str, Any]:
         return {key: value if key == "role" else self._mark(value) for key, value in message.items()}
@@ -171,6 +176,10 @@ class Renderer:
         if isinstance(value, (list, tuple)):
             return [self._mark(item) for item in value]
         return value
+
+
+def _is_plain(message: dict[str, Any]) -> bool:
+    return message.keys() == _PLAIN_KEYS and type(message["content"]) is str and type(message["role"]) is str
 
 
 def _unmarked(text: str) -> Rendered:

@@ -19,7 +19,7 @@ from burnish.chat.named import fitting_names, get_template, named_templates, tok
 from burnish.chat.pieces import Rendered, TextEncoder, is_one_token
 from burnish.chat.render import CannotRender, Chat, Renderer, Tools
 from burnish.chat.tools import FORMATS, no_calls
-from burnish.chat.turns import Turn, find_turn, split_reasoning
+from burnish.chat.turns import Turn, find_turn, place_in_history, split_reasoning
 from burnish.errors import Problem, UserError
 from burnish.types import Encoded, Message
 
@@ -93,6 +93,7 @@ class ChatTemplate:
         self.jinja = renderer.source()  # what is saved as chat_template.jinja
         self.notes = list(notes)  # lines for whoever loaded it to print
         self._tokenizer, self._renderer = tokenizer, renderer
+        self._eos_id: Any = tokenizer.eos_token_id  # the tokenizer looks for it anew at each call
         self._encoder = TextEncoder(tokenizer)
         self._ending = find_ending(renderer, tokenizer)
         self._lead = find_lead(renderer)
@@ -138,12 +139,24 @@ class ChatTemplate:
             wanted = [i for i in wanted if i == answers[-1]]
         if not wanted and not train_on_prompt:
             raise CannotRender("no turn of the assistant is to be trained")
-        drafts = draft_samples(self._encoder, whole, [self._turn(chat, i, tools, whole) for i in wanted])
-        eos_id: Any = self._tokenizer.eos_token_id
+        turns = [self._turn(chat, i, tools, whole) for i in wanted]
+        drafts = draft_samples(self._encoder, whole, turns)
         if not train_on_prompt:
-            return [draft.encoded(eos_id, self.stop_ids) for draft in drafts]
-        left_out = [self._turn(chat, i, tools, whole) for i in answers if i not in wanted]
-        return with_prompts(drafts or [Draft(self._encoder, whole)], left_out, eos_id, self.stop_ids)
+            return [draft.encoded(self._eos_id, self.stop_ids) for draft in drafts]
+        silent = [i for i in answers if i not in wanted]
+        drafts = drafts or [Draft(self._encoder, whole)]
+        left_out = []
+        for draft in drafts:
+            end = len(chat) if draft.rendered is whole else wanted[turns.index(draft.turns[-1])] + 1
+            left_out.append([self._place(draft, chat[:end], i, tools, whole) for i in silent if i < end])
+        return with_prompts(drafts, left_out, self._eos_id, self.stop_ids)
+
+    def _place(self, draft: Draft, chat: Chat, index: int, tools: Tools, whole: Rendered) -> range:
+        """Which tokens of a sample a turn is: as it was given, or as the template writes it now."""
+        as_given = draft.indices(self._turn(chat, index, tools, whole))
+        if as_given is not None:
+            return as_given
+        return draft.holding(*place_in_history(self._renderer, chat, index, tools), self.stop_ids)
 
     def identity(self) -> dict[str, Any]:
         """All that decides what `encode` gives, but for the tokenizer."""

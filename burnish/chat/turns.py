@@ -15,6 +15,7 @@ from typing import Any
 from burnish.chat.ending import Ending
 from burnish.chat.pieces import Rendered
 from burnish.chat.render import QUESTION, CannotRender, Chat, Renderer, Tools, common_length
+from burnish.chat.tools import calls_for_template
 
 _PROBE = "\ue000burnish\ue000"  # begins like no answer that a person wrote
 
@@ -44,7 +45,35 @@ def find_turn(renderer: Renderer, ending: Ending, chat: Chat, index: int, tools:
         else:
             turn = replace(_with_end(ending, message, rendered, start), after_prompt=False)
     _require_words(renderer, message, turn)
+    if message.get("tool_calls"):
+        _require_one_end(ending, message, turn)
+    if len(message.get("tool_calls") or ()) > 1:
+        _require_each_call(renderer, chat, index, tools, rendered.text)
     return turn
+
+
+def place_in_history(renderer: Renderer, chat: Chat, index: int, tools: Tools) -> tuple[int, int]:
+    """[start, end) of the words of an earlier turn, `chat[index]`, in the text of the whole conversation.
+
+    There a template may write them otherwise than when they were given. Other words in their place show where they
+    stand: all that the two texts do not share. Raises CannotRender.
+    """
+    text = renderer.render(chat, tools).text
+    other = _with_other_words(renderer, chat, index, tools)
+    start = common_length(text, other)
+    rest = min(len(text), len(other)) - start
+    return start, len(text) - min(rest, common_length(text[::-1], other[::-1]))
+
+
+def _with_other_words(renderer: Renderer, chat: Chat, index: int, tools: Tools) -> str:
+    words = {"role": "assistant", "content": _PROBE}
+    call = {"id": "call00001", "function": {"name": _PROBE, "arguments": {}}}  # results may not stand without a call
+    for other in (words, {"role": "assistant", "tool_calls": calls_for_template([call], as_text=False)}):
+        try:
+            return renderer.render([*chat[:index], other, *chat[index + 1 :]], tools).text
+        except CannotRender:
+            continue
+    raise CannotRender("it does not show where an answer stands that is to be left out")
 
 
 def split_reasoning(text: str, *, opened: bool = False) -> tuple[str, str]:
@@ -119,4 +148,24 @@ def _require_words(renderer: Renderer, message: dict[str, Any], turn: Turn) -> N
         raise CannotRender("the chat template leaves out the answer's reasoning")
     for call in calls or ():
         if renderer.written(call["function"]["name"]) not in written:
+            raise CannotRender("the chat template leaves out a tool call")
+
+
+def _require_one_end(ending: Ending, message: dict[str, Any], turn: Turn) -> None:
+    """Nemotron's writes words beside a call as an answer of their own: a model that answers stops there."""
+    if not ending.marker or ending.marker in str(message):
+        return
+    if ending.marker in turn.rendered.text[turn.start : turn.end - len(ending.marker)]:
+        raise CannotRender("the chat template goes on behind the end token of the answer")
+
+
+def _require_each_call(renderer: Renderer, chat: Chat, index: int, tools: Tools, text: str) -> None:
+    """Of several calls in a turn a template may write one alone: gpt-oss's the first, GigaChat's as well."""
+    calls = chat[index]["tool_calls"]
+    for fewer in (calls[:-1], calls[1:]):
+        try:
+            without = renderer.render([*chat[:index], {**chat[index], "tool_calls": fewer}], tools).text
+        except CannotRender:
+            continue
+        if without == text:
             raise CannotRender("the chat template leaves out a tool call")

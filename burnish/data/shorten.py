@@ -115,9 +115,10 @@ def _without_head_of_user(messages: list[Message], encode: Encode, cutoff_len: i
         return from_character(_first_fitting(whole_length, most, cutoff_len)), True
     frame = prompt_length(len(text))  # what the template, the system message and tools take
     limit = (frame + cutoff_len) // 2
-    if frame >= cutoff_len or prompt_length(0) <= limit:
+    if not most or frame >= cutoff_len or prompt_length(0) <= limit:
         return messages, False
-    return from_character(_first_fitting(prompt_length, len(text), limit)), True
+    start = most if prompt_length(most) >= limit else _first_fitting(prompt_length, most, limit)
+    return from_character(start), True
 
 
 def _prompt_length(messages: list[Message], encode: Encode) -> int:

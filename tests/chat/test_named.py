@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import llamafactory
 import pytest
 from conversations import (
     CONVERSATIONS,
@@ -229,3 +232,86 @@ def test_a_template_without_a_place_for_tools_says_so(name, everything):
             template.encode(messages, tools)
     with pytest.raises(CannotRender, match="no place for"):
         template.encode([user("a"), result("1"), assistant("b")])
+
+
+# ---- beside LLaMA-Factory's of the same name (docs/templates.md tells the differences, and why) ----------------------
+
+THOUGHT = "<think>\n\n</think>\n\n"
+# What burnish writes → what LLaMA-Factory 0.9.5 writes in its place; templates that are not named write the same
+DIFFERENT = {
+    "alpaca": {"S\n\n###": "S###"},
+    "deepseek": {"Assistant: ": "Assistant:"},
+    "default": {
+        "S\nHuman": "System: S</s>\nHuman",
+        "Q1\n": "Q1</s>\n",
+        "Q2\n": "Q2</s>\n",
+        "Assistant: ": "Assistant:",
+    },
+    "internlm2": {"<s><|im_start|>user": "<s><|im_start|>system\n{default_system}<|im_end|>\n<|im_start|>user"},
+    "llama2": {" A1 ": "A1", " A2 ": "A2"},
+    "qwen": {"You are a helpful assistant": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant"},
+    "qwen3": {"assistant\nA1": f"assistant\n{THOUGHT}A1", "assistant\n<tool_call>": f"assistant\n{THOUGHT}<tool_call>"},
+    "smollm2": {"Hugging Face<": "Hugging Face.<"},
+    "vicuna": {"S USER": "SUSER", "ASSISTANT: ": "ASSISTANT:", "questions. USER": "questions.USER"},
+}
+NO_TEMPLATE_OF_THEIRS = {"baichuan2"}  # gone by 0.9.5
+CALL = '[{"name": "weather", "arguments": {"town": "Rome"}}]'
+TURNS_OF_THEIRS = {"assistant": ("function", CALL), "tool": ("observation", "sunny")}
+
+
+@pytest.fixture(scope="module")
+def theirs(fixture_path: Callable[[str], Path]) -> dict:
+    return llamafactory.templates_of(fixture_path("llamafactory-templates"))
+
+
+def their_name(name: str) -> str:
+    return {"internlm2": "intern2"}.get(name, name)
+
+
+def ours_as_theirs(text: str, name: str, default_system: str) -> str:
+    for ours, their in DIFFERENT.get(name, {}).items():
+        text = text.replace(ours, their.replace("{default_system}", default_system))
+    return text
+
+
+@pytest.mark.parametrize("name", sorted(set(named_templates()) - NO_TEMPLATE_OF_THEIRS))
+@pytest.mark.parametrize("messages", [CHAT, CHAT[1:]], ids=["system", "no system"])
+def test_a_named_template_writes_what_llamafactorys_does_but_for_what_is_listed(name, messages, theirs, everything):
+    template, their = load_template(everything, name), theirs[their_name(name)]
+    ours = everything.apply_chat_template(messages, chat_template=template.jinja, tokenize=False)
+    text = llamafactory.text_with(their, everything, messages)
+    assert text == ours_as_theirs(ours, name, their.default_system)
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3", "qwen3_nothink", "llama3"])
+def test_tools_and_calls_are_written_as_llamafactory_does(name, theirs, everything):
+    messages = [system("S"), user("Q1"), calling("Rome", ""), result("sunny"), assistant("A2")]
+    jinja = load_template(everything, name).jinja
+    ours = everything.apply_chat_template(messages, tools=[TOOL], chat_template=jinja, tokenize=False)
+    turns = [
+        system("S"),
+        user("Q1"),
+        *({"role": r, "content": c} for r, c in TURNS_OF_THEIRS.values()),
+        assistant("A2"),
+    ]
+    text = llamafactory.text_with(theirs[name], everything, turns, json.dumps([TOOL]))
+    if name == "llama3":  # theirs puts the system message before the tools, and a date between them
+        text = re.sub(r"SCutting.*?\n\n", "", text, flags=re.DOTALL)
+        ours = ours.replace("}\n\nS<|eot_id|>", "}\n\n<|eot_id|>")
+    assert text == ours_as_theirs(ours, name, theirs[name].default_system)
+
+
+def test_the_names_that_have_tools_there_and_not_here_are_these(theirs):
+    theirs_have = {n for n in named_templates() if n in theirs and theirs[n].format_function.tool_format != "default"}
+    ours_have = {name for name, template in named_templates().items() if "tool_calls or []" in template.jinja}
+    assert theirs_have - ours_have - {"llama3"} == {"glm4", "mistral"}
+
+
+@pytest.mark.parametrize("name", [name for name, template in named_templates().items() if template.special])
+def test_each_template_with_markers_is_refused_where_they_are_no_tokens(name, fixture_path):
+    other = "smollm2" if "<|im_start|>" not in named_templates()[name].special else "tokenizer-llama3_1"
+    tokenizer = load_tokenizer(other, fixture_path)
+    with pytest.raises(UserError, match="not one token of it each") as refused:
+        load_template(tokenizer, name)
+    named = str(refused.value).rpartition("fit this tokenizer: ")[2].split(", ")
+    assert named == fitting_names(tokenizer) and name not in named and set(named) >= FITS_ANY

@@ -25,10 +25,12 @@ def sentencepiece_like(*, everywhere: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
 
 
-def bytes_level(*, trim_offsets: bool) -> PreTrainedTokenizerFast:
-    """As GPT-2's, or as RoBERTa's: there the offsets of " Hello" leave out the space."""
+def bytes_level(*, trim_offsets: bool = False, by_words: bool = False) -> PreTrainedTokenizerFast:
+    """As GPT-2's, or as RoBERTa's: there the offsets of " Hello" leave out the space. `by_words`: see words.py."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    unknown = pre_tokenizers.Split("\0", "isolated")  # does nothing, but is in no tokenizer that words.py knows
+    tokenizer.pre_tokenizer = bytes_ if by_words else pre_tokenizers.Sequence([unknown, bytes_])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -70,6 +72,7 @@ TOKENIZERS = {
     "a space before every first word": lambda: sentencepiece_like(everywhere=True),
     "offsets without spaces": lambda: bytes_level(trim_offsets=True),
     "offsets with spaces": lambda: bytes_level(trim_offsets=False),
+    "words, and no offsets": lambda: bytes_level(by_words=True),
     "no offsets": InPython,
 }
 

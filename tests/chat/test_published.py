@@ -1,117 +1,76 @@
-"""Seventy published templates, none of them known to burnish: each turn is trained exactly, or the row is refused.
+"""Every published template that can be had, none of them known to burnish: each turn is trained exactly, or refused.
 
-One real tokenizer with the markers of all of them stands in for theirs.
+What is looked at, and how, stands in tests/sweep.py; what was found, in docs/templates.md.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import fixtures
 import pytest
-from conversations import (
-    CONVERSATIONS,
-    TOOL,
-    assistant,
-    calling,
-    result,
-    spans,
-    system,
-    text_of,
-    trained_texts,
-    user,
-    with_markers,
-)
+import sweep
+import templates_table
+from sweep import COLLECTIONS, COUNTS, PLAIN, Published
 
-from burnish.chat.template import CannotRender, load_template
-
-MARKER = re.compile(
-    r"<[|｜][^<>\s{}]{1,40}?[|｜]>|\[/?[A-Z_]{3,}\]|</?s>|<(?:bos|eos|start_of_turn|end_of_turn|turn\||\|turn)>|<sop>"
-    r"|\[gMASK\]|\]~b\]|\[e~\[|\]~!b\[|<SPECIAL_\d+>|<seed:[be]os>|</?(?:beginning|end)_of_sentence>|<sep>|</?assistant>"
-)
-# Answers with a word that stands nowhere else, to be looked for in what is trained
-CHATS = {
-    "question": ([user("Q one?"), assistant("Answer7one.")], None),
-    "turns": (
-        [system("Rule."), user("Q one?"), assistant("Answer7one."), user("Q two?"), assistant("答案7二。🚀")],
-        None,
-    ),
-    "newline": ([user("Q one?"), assistant("\n  Answer7one.\n"), user("Q two?"), assistant("Answer7two.")], None),
-    "look-alikes": (CONVERSATIONS["look-alikes"], None),
-    "thoughts": ([user("Q one?"), assistant("Answer7one.", reasoning_content="Thought7one.")], None),
-    "forgotten": (
-        [
-            user("Q one?"),
-            assistant("Answer7one.", reasoning_content="Thought7one."),
-            user("Q two?"),
-            assistant("Answer7two.", reasoning_content="Thought7two."),
-        ],
-        None,
-    ),
-    "tools": (
-        [
-            user("Q one?"),
-            calling("Town7one"),
-            result("sunny"),
-            assistant("Answer7two."),
-            user("Q two?"),
-            assistant("Answer7three."),
-        ],
-        [TOOL],
-    ),
+NEEDS_MORE = {  # content in parts, tools always, or variables that nobody passes
+    *("fireworks-ai-llama-3-firefunction-v2", "CohereForAI-c4ai-command-r-plus-tool_use", "llava_next"),
+    *("NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "idefics3"),
+    *("idefics3_training", "llava_next_training", "smolvlm", "smolvlm_training"),
 }
-PLAIN = ("question", "turns", "newline", "look-alikes")  # nothing but words
-# Published for conversations with tools alone, or with variables that nobody passes
-NEEDS_MORE = ("firefunction", "Hermes-2-Pro", "Hermes-3", "command-r-plus")
-WORD = re.compile(r"(?:Answer|Thought|Town|答案)7\w+")
 
 
-@pytest.fixture(scope="module")
-def templates(fixture_path: Callable[[str], Path]) -> list[Path]:
-    return sorted(fixture_path("templates-llamacpp").rglob("*.jinja"))
+@cache
+def documented() -> dict[Published, templates_table.Cells]:
+    return templates_table.rows_of(templates_table.PAGE.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def tokenizer(fixture_path: Callable[[str], Path], templates: list[Path]):
-    markers = {marker for path in templates for marker in MARKER.findall(path.read_text(encoding="utf-8"))}
-    tokenizer = with_markers("tokenizer-qwen3", fixture_path("tokenizer-qwen3"), tuple(sorted(markers)))
-    tokenizer.bos_token = "<s>"
-    tokenizer.chat_template = None
-    return tokenizer
+def name_of(one: Published) -> str:
+    return f"{one.source}-{one.name}".replace(" ", "-")
 
 
-def words_of(message: dict) -> list[str]:
-    calls = [call["function"]["arguments"]["town"] for call in message.get("tool_calls", ())]
-    return [*WORD.findall(message.get("reasoning_content", "")), *WORD.findall(message["content"] or ""), *calls]
+def need(one: Published, fixture_path: Callable[[str], Path]) -> None:
+    if one.source != "tokenizer":
+        fixture_path("tokenizer-qwen3")
 
 
-@pytest.mark.parametrize("chat", CHATS)
-def test_every_turn_is_trained_just_once_and_nothing_else_is_or_the_row_is_refused(chat, templates, tokenizer):
-    messages, tools = CHATS[chat]
-    assert len(templates) == 70
-    refused = {}
-    for path in templates:
-        try:
-            template = load_template(tokenizer, str(path))
-            samples = template.encode(messages, tools)
-        except CannotRender as error:
-            refused[path.stem] = str(error)
-            continue
-        turns = trained_texts(samples, tokenizer)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        assert [WORD.findall(turn) for turn in turns] == [words_of(messages[i]) for i in answers], path.stem
-        for turn, i in zip(turns, answers, strict=True):
-            assert (messages[i]["content"] or "").strip() in turn, path.stem
-            assert "Q one?" not in turn and "I am the answer" not in turn, path.stem
-        for sample in samples:
-            (start, end) = spans(sample)[-1]
-            assert sample.input_ids[end - 1] in template.stop_ids, path.stem
-            before = text_of(tokenizer, sample.input_ids[:start])
-            assert any(template.prompt_text(messages[:i], tools).startswith(before) for i in answers), path.stem
-            if chat in PLAIN and not any("asks with other words" in note for note in template.notes):
-                assert sample.input_ids[:start] in [template.prompt(messages[:i], tools) for i in answers], path.stem
-    if chat in PLAIN:
-        without_system = {"google-gemma-2-2b-it"} if chat == "turns" else set()
-        needs_more = {name for name in refused if any(part in name for part in NEEDS_MORE)}
-        assert set(refused) == needs_more | without_system
+@pytest.mark.parametrize("source", COLLECTIONS)
+def test_the_whole_collection_is_swept(source, fixture_path):
+    fixture_path(COLLECTIONS[source])
+    assert len([one for one in sweep.published() if one.source == source]) == COUNTS[source]
+
+
+@pytest.mark.parametrize("one", sweep.published(), ids=name_of)
+def test_every_turn_is_trained_exactly_or_the_row_is_refused_and_the_page_says_which(one, fixture_path):
+    need(one, fixture_path)
+    outcomes = sweep.outcomes(one)  # asserts
+    refused = {name for name in PLAIN if outcomes[name].refused}
+    without_system = {"system and turns"} if templates_table.cells(one, outcomes)[0] == "refused" else set()
+    without_words = {"an empty answer"} if "leaves out the answer" in outcomes["an empty answer"].refused else set()
+    if one.name not in NEEDS_MORE and "Ministral" not in one.name:
+        assert refused <= without_system | without_words | {"a tag in an answer"}, outcomes
+    for other in ("arguments as text", "an empty string beside a call"):
+        assert outcomes[other] == outcomes["a call"], other
+    assert documented().get(one) == templates_table.cells(one, outcomes), "run python scripts/templates_table.py"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"split_special_tokens": True}, {"enable_thinking": True}, {"enable_thinking": False}]
+)
+@pytest.mark.parametrize("one", sweep.published()[::16], ids=name_of)
+def test_a_setting_of_the_template_moves_no_border_either(one, settings, fixture_path):
+    """Every sixteenth: all were swept so once."""
+    need(one, fixture_path)
+    assert sweep.outcomes(one, **settings)  # asserts
+
+
+def test_the_page_is_what_its_script_writes_from_these_rows():
+    page = templates_table.PAGE.read_text(encoding="utf-8")
+    assert page == templates_table.page(documented()), "run python scripts/templates_table.py"
+    missing = [fixture for fixture in COLLECTIONS.values() if not fixtures.is_fetched(fixture)]
+    if not missing:
+        assert set(sweep.published()) <= set(documented())
+    if all(fixtures.is_fetched(fixture) for fixture in fixtures.pins()):
+        assert set(sweep.published()) == set(documented())
