@@ -53,13 +53,22 @@ class Stream:
     """Samples that can only be gone through; in epoch e it begins with the e-th."""
 
     def __init__(self, count: int):
-        self.rows, self.epoch = samples(count), 0
+        self.rows, self.epoch, self.given, self.begin = samples(count), 0, 0, 0
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch, self.given, self.begin = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.given, self.begin = state["epoch"], state["given"], state["given"]
 
     def __iter__(self) -> Iterator[Sample]:
-        yield from self.rows[self.epoch :] + self.rows[: self.epoch]
+        turned = self.rows[self.epoch :] + self.rows[: self.epoch]
+        for number, sample in enumerate(turned[self.begin :], self.begin + 1):
+            self.given = number
+            yield sample
 
 
 def arguments(output_dir: Path, **changes: Any) -> Seq2SeqTrainingArguments:

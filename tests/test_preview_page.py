@@ -98,7 +98,10 @@ def test_figures_of_the_page_are_those_of_the_preview(page):
     data = Page(text).data
     assert [part["samples"] for part in data["parts"]] == [43, 2]
     assert data["parts"][1]["shared"]["count"] == 2 and data["parts"][0]["repeated"]["count"] == 1
-    assert {reason["tag"] for reason in data["reasons"]} == {"bad: is not valid JSON", "cut: end of the answer"}
+    assert {reason["tag"] for reason in data["reasons"]} == {
+        "bad: is not valid JSON: a key stands without double quotes",
+        "cut: end of the answer",
+    }
     assert data["reasons"][0]["excerpt"] == "{broken <b>"
     assert data["parts"][0]["cutoff"] == preview.parts[0].cutoff > 512
 
@@ -167,3 +170,19 @@ def test_rows_are_chosen_unfolded_and_turned_over_by_clicks(browse):
     one, folded, whole, where, found, ids, theme = json.loads(told.replace("&quot;", '"'))
     assert (one, whole, found, ids) == (1, 512, 1, "ids") and folded < 300
     assert where.startswith("11–20 of ") and theme in ("light", "dark")
+
+
+def test_pages_are_turned_and_words_looked_for_from_the_keyboard(browse):
+    dom = browse(
+        """
+        const press = (key, on = document.body) => on.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+        const told = [], where = () => told.push(at("where").textContent);
+        press("ArrowRight"); where(); press("ArrowLeft"); where(); press("ArrowLeft"); where();
+        press("/"); told.push(document.activeElement.id); press("ArrowRight", at("find")); where();
+        document.body.dataset.told = JSON.stringify(told);
+        """
+    )
+    (told,) = re.findall(r'data-told="([^"]*)"', dom)
+    after, back, still, focus, typing = json.loads(told.replace("&quot;", '"'))
+    assert after.startswith("11–20 of ") and back == still == typing and back.startswith("1–10 of ")
+    assert focus == "find"

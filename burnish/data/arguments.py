@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -44,6 +45,9 @@ class DataArguments:
             "help": "A batch is per_device_train_batch_size rows of up to cutoff_len tokens, each of several samples "
             "that do not see each other. Stage pt always has such rows."
         },
+    )
+    cross_document_attention: bool = field(
+        default=False, metadata={"help": "Stage pt: documents in a row see those before them, as one text."}
     )
     train_on_prompt: bool = field(default=False, metadata={"help": "Train on the prompt's tokens too."})
     mask_history: bool = field(default=False, metadata={"help": "Train on a conversation's last answer only."})
@@ -128,6 +132,9 @@ def _combinations(settings: Settings) -> list[Problem]:
         found.append(settings.problem("mask_history", "and train_on_prompt exclude each other", "leave one out"))
     if value("eval_on_each_dataset") and not value("eval_dataset"):
         found.append(settings.problem("eval_on_each_dataset", "has no eval_dataset", "name the sets in eval_dataset"))
+    if value("cross_document_attention") and value("stage") == "sft":
+        message = "is for stage pt: conversations never see each other"
+        found.append(settings.problem("cross_document_attention", message, "leave it out"))
     return found + _mixing(settings) + _streaming(settings) + _packing(settings)
 
 
@@ -193,8 +200,19 @@ def _unknown_data_sets(settings: Settings, name: str) -> list[Problem]:
     try:
         entries = _entries(catalog)
     except ValueError as error:
-        return [settings.problem("dataset_dir", f"holds a {CATALOG} that is not JSON", f"correct {catalog}: {error}")]
+        return [_wrong_catalog(catalog, error)]
     return [_unknown_data_set(settings, name, item, catalog, entries) for item in unknown]
+
+
+def _wrong_catalog(catalog: Path, error: ValueError) -> Problem:
+    from burnish.errors import Problem
+
+    if isinstance(error, json.JSONDecodeError):
+        where = f"{catalog}:{error.lineno}"
+        return Problem(where, "", None, f"is not valid JSON: {error.msg}, at column {error.colno}", "mend that line")
+    if isinstance(error, UnicodeDecodeError):
+        return Problem(str(catalog), "", None, "is not UTF-8", "save it as UTF-8")
+    return Problem(str(catalog), "", None, str(error), 'write {"name": {"file_name": …}}')
 
 
 def _unknown_data_set(settings: Settings, name: str, item: str, catalog: Path, entries: dict[str, Any]) -> Problem:
@@ -221,7 +239,11 @@ def unknown_names(settings: Settings, name: str) -> list[str]:
     if settings.value("dataset_dir") == "ONLINE" or settings.is_faulty("dataset_dir"):
         return []
     wanted = settings.value(name) or []
-    missing = [item for item in wanted if not Path(item).expanduser().exists() and not (catalog.parent / item).exists()]
+    missing = [
+        item
+        for item in wanted
+        if not any(os.path.lexists(path) for path in (Path(item).expanduser(), catalog.parent / item))
+    ]
     try:
         return [item for item in missing if item not in _entries(catalog)]
     except ValueError:
@@ -233,5 +255,13 @@ def _catalog(settings: Settings) -> Path:
 
 
 def _entries(catalog: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is not JSON."""
-    return json.loads(catalog.read_text(encoding="utf-8-sig")) if catalog.is_file() else {}
+    """Raises ValueError where the file is not JSON, or not an object."""
+    if not catalog.is_file():
+        return {}
+    try:
+        entries = json.loads(catalog.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(entries, dict):
+        raise ValueError("is not an object of names")
+    return entries

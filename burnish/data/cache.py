@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish import console
-from burnish.data.encode import ONE_TOKEN, join_documents
+from burnish.data.encode import ONE_TOKEN
 from burnish.data.fingerprint import differences, fingerprint
 from burnish.data.report import DataReport
 from burnish.data.store import Extent, SampleStore, StoreWriter, open_store
@@ -205,7 +205,7 @@ class _Making:
         """Documents → rows of cutoff_len. It is copying, and begins anew in a process that goes on."""
         self.progress.pop(name, None)
         source = open_store(self.folder / documents, self._of(documents).extent)
-        rows = join_documents(source, self.encoder.args.cutoff_len)
+        rows = self.encoder.joined(source)
         with self._writer(name) as writer:
             while batch := list(islice(rows, _ROWS_AT_ONCE)):
                 if len(batch[-1]) == 1:  # only the last of all can be

@@ -10,7 +10,17 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from burnish.data.entry import DatasetAttr, Entry, did_you_mean, files_of_data, inside, wrong_file
+from burnish.data.entry import (
+    DatasetAttr,
+    Entry,
+    LoadFrom,
+    asks_modelscope,
+    did_you_mean,
+    files_of_data,
+    inside,
+    missing_modelscope,
+    wrong_file,
+)
 from burnish.data.rows import FILE_TYPES, file_type
 from burnish.errors import Problem, UserError
 
@@ -47,7 +57,7 @@ def _resolve(args: DataArguments, setting: str, names: list[str]) -> tuple[list[
     if not names:
         return [], []
     if args.dataset_dir == ONLINE:
-        return [DatasetAttr(name, "hf_hub", name, formatting="auto", split=args.split) for name in names], []
+        return _online(args, setting, names)
     path = inside(args.dataset_dir, DATA_CONFIG)
     entries, unreadable = _read_catalog(path)
     attrs: list[DatasetAttr] = []
@@ -64,6 +74,14 @@ def _resolve(args: DataArguments, setting: str, names: list[str]) -> tuple[list[
     return attrs, wrong
 
 
+def _online(args: DataArguments, setting: str, names: list[str]) -> tuple[list[DatasetAttr], list[Problem]]:
+    load_from: LoadFrom = "ms_hub" if asks_modelscope() else "hf_hub"
+    missing = missing_modelscope("USE_MODELSCOPE_HUB", setting, ",".join(names)) if load_from == "ms_hub" else None
+    if missing:
+        return [], [missing]
+    return [DatasetAttr(name, load_from, name, formatting="auto", split=args.split) for name in names], []
+
+
 def _read_catalog(path: str) -> tuple[dict[str, Any], list[Problem]]:
     """No catalog is no mistake as long as every name is a file: that is found out name by name."""
     try:
@@ -73,7 +91,9 @@ def _read_catalog(path: str) -> tuple[dict[str, Any], list[Problem]]:
         return {}, []
     except json.JSONDecodeError as error:
         return {}, [Problem(f"{path}:{error.lineno}", "", None, f"is not valid JSON: {error.msg}", "mend that line")]
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        return {}, [Problem(path, "", None, "is not UTF-8", "save it as UTF-8")]
+    except (OSError, ValueError, RecursionError) as error:
         return {}, [Problem(path, "", None, f"cannot be read: {error}")]
     if not isinstance(entries, dict):
         return {}, [Problem(path, "", None, "is not an object of names", 'write {"name": {"file_name": …}}')]
@@ -83,8 +103,8 @@ def _read_catalog(path: str) -> tuple[dict[str, Any], list[Problem]]:
 def _named_directly(name: str, args: DataArguments) -> tuple[DatasetAttr | None, list[Problem]]:
     """A file or a folder, from where the command runs or inside dataset_dir; (None, []) where there is none."""
     for path in (os.path.expanduser(name), inside(args.dataset_dir, name)):
-        if os.path.exists(path):
-            wrong = wrong_file(path, path, "", "")
+        if os.path.lexists(path):
+            wrong = wrong_file(path, path, "", None)
             if not wrong and args.split != "train":
                 message = "is for repositories of a hub: a file has one split"
                 wrong = Problem(path, "split", args.split, message, "leave it out")

@@ -102,7 +102,8 @@ def _shortened_if_long(messages: list[Message], encode: Encode, cutoff_len: int)
 
 def _sample(encoded: Encoded, cutoff_len: int, place: str) -> Sample:
     ids = np.array(encoded.input_ids[:cutoff_len], dtype=np.int32)  # what the cutoff takes here is not trained
-    labels = np.where(np.array(encoded.trained[:cutoff_len]), ids, np.int32(IGNORE_INDEX))
+    trained = np.frombuffer(bytes(encoded.trained[:cutoff_len]), dtype=np.bool_)  # a quarter of np.array's time
+    labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
     labels[0] = IGNORE_INDEX
     return Sample(ids, labels, place)
 
@@ -139,11 +140,12 @@ def encode_pt(example: Example, tokenizer: Any, frame: DocumentFrame) -> Outcome
     return Outcome((Sample(document, document, example.place),))
 
 
-def join_documents(documents: Iterable[Sample], cutoff_len: int) -> Iterator[Sample]:
+def join_documents(documents: Iterable[Sample], cutoff_len: int, *, apart: bool = True) -> Iterator[Sample]:
     """Documents end to end, cut into rows of exactly cutoff_len tokens; the last row is what is left.
 
     [[a b c $] [d e $]] at 5  →  [a b c $ d] with documents (4, 1), [e $] with documents (2,)
     Nothing predicts the first token of a document in a row, so it is no label: _ b c $ _ | _ $.
+    Not `apart` they are one text, each predicted from those before it: _ b c $ d | _ $.
     """
     row: list[np.ndarray] = []
     place, room = "", cutoff_len
@@ -154,15 +156,15 @@ def join_documents(documents: Iterable[Sample], cutoff_len: int) -> Iterator[Sam
             row.append(ids[:room])
             ids, room = ids[room:], room - len(row[-1])
             if not room:
-                yield _row(row, place)
+                yield _row(row, place, apart)
                 row, place, room = [], "", cutoff_len
     if row:
-        yield _row(row, place)
+        yield _row(row, place, apart)
 
 
-def _row(pieces: list[np.ndarray], place: str) -> Sample:
-    lengths = [len(piece) for piece in pieces]
+def _row(pieces: list[np.ndarray], place: str, apart: bool) -> Sample:
     ids = np.concatenate(pieces)
+    lengths = [len(piece) for piece in pieces] if apart else [len(ids)]
     labels = ids.copy()
     labels[np.cumsum([0, *lengths[:-1]])] = IGNORE_INDEX
     return Sample(ids, labels, place, tuple(lengths))

@@ -11,6 +11,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from burnish.data.rows import FILE_TYPES, file_type
@@ -18,6 +19,7 @@ from burnish.errors import Problem
 
 Formatting = Literal["alpaca", "sharegpt", "openai", "auto"]  # auto: told from the first row, for a file named directly
 FORMATS = ("alpaca", "sharegpt", "openai")
+LoadFrom = Literal["file", "hf_hub", "ms_hub"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class DatasetAttr:
     """One data set, as its entry describes it."""
 
     name: str  # as the user wrote it
-    load_from: Literal["file", "hf_hub"]
+    load_from: LoadFrom
     path: str  # a file, a folder, or the name of a repository
     formatting: Formatting = "alpaca"
     subset: str | None = None
@@ -66,13 +68,13 @@ class DatasetAttr:
     tags: Tags = field(default_factory=Tags)
 
 
-_PLACES = ("hf_hub_url", "file_name")
+_PLACES = ("hf_hub_url", "ms_hub_url", "file_name")
 _REFUSED = {  # key → (what is wrong with it, what to do)
     "script_url": ("names a loading script, which datasets no longer runs", "save its rows as parquet or jsonl"),
-    "ms_hub_url": ("is not read from ModelScope yet", "download it and give the folder as file_name"),
     "om_hub_url": ("is not read from openMind", "download it and give the folder as file_name"),
     "cloud_file_name": ("is not read from cloud storage", "download it and give the file as file_name"),
 }
+_KEYS: dict[LoadFrom, str] = {"file": "file_name", "hf_hub": "hf_hub_url", "ms_hub": "ms_hub_url"}
 _HARMLESS = ("file_sha1",)  # the check sum of 2023's entries; LLaMA-Factory has not read it since 2024
 _OPTIONS = ("formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags")
 _OTHER_COLUMNS = {
@@ -80,6 +82,24 @@ _OTHER_COLUMNS = {
     **dict.fromkeys(("chosen", "rejected", "kto_tag"), "stages rm, dpo and kto are not built"),
 }
 _OLD_COLUMNS = {"role": "role_tag", "content": "content_tag"}  # where LLaMA-Factory kept two of the tags in 2023
+
+
+_SAVE_AS = {
+    **dict.fromkeys(("gz", "zip", "zst", "bz2", "xz", "tar", "7z", "rar"), "unpack it"),
+    **dict.fromkeys(("xlsx", "xls", "ods", "tsv"), "save it as csv, with commas and in UTF-8"),
+}
+
+
+def asks_modelscope() -> bool:
+    """Whether USE_MODELSCOPE_HUB says that ModelScope is asked where a set or a name could come from either hub."""
+    return os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "y", "yes")
+
+
+def missing_modelscope(place: str, setting: str, value: str) -> Problem | None:
+    if find_spec("modelscope"):
+        return None
+    remedy = "pip install modelscope, or download it and name the folder"
+    return Problem(place, setting, value, "is read by the package modelscope, which is not installed", remedy)
 
 
 def inside(folder: str, path: str) -> str:
@@ -96,22 +116,35 @@ def files_of_data(folder: str) -> list[str]:
     return sorted(
         name
         for name in (os.listdir(folder) if os.path.isdir(folder) else [])
-        if file_type(name) in FILE_TYPES and not name.startswith(".") and name != "dataset_info.json"
+        if file_type(name) in FILE_TYPES
+        and not name.startswith(".")
+        and name != "dataset_info.json"
+        and not os.path.isdir(os.path.join(folder, name))
     )
 
 
-def wrong_file(path: str, place: str, setting: str, value: str) -> Problem | None:
+def wrong_file(path: str, place: str, setting: str, value: str | None) -> Problem | None:
     """What keeps a path from being read as data, told without opening it."""
     allowed = ", ".join(FILE_TYPES)
+    if os.path.islink(path) and not os.path.exists(path):
+        message = f"is a link that leads to no file: {path} → {os.readlink(path)}"
+        return Problem(place, setting, value, message, "give the path of the file itself")
     if not os.path.exists(path):
         folder = os.path.dirname(path) or "."
         near = did_you_mean(os.path.basename(path), files_of_data(folder))
         return Problem(place, setting, value, f"is not there: {path}", near or "give the path of a file or a folder")
     if os.path.isdir(path):
         if not files_of_data(path):
-            return Problem(place, setting, value, "is a folder without a file of data", f"it may hold {allowed}")
+            remedy = f"it may hold {allowed}; folders inside it are not read"
+            return Problem(place, setting, value, "is a folder without a file of data", remedy)
+        inside_it = (os.path.join(path, name) for name in files_of_data(path))
+        if wrong := next((file for file in inside_it if not os.path.isfile(file)), None):
+            return Problem(place, setting, value, f"holds what is no file: {wrong}", "take it out of the folder")
     elif file_type(path) not in FILE_TYPES:
-        return Problem(place, setting, value, f"is of a type that burnish does not read: not {allowed}", "use jsonl")
+        remedy = _SAVE_AS.get(file_type(path), "save it as jsonl")
+        return Problem(place, setting, value, f"is of a type that burnish does not read: not {allowed}", remedy)
+    elif not os.path.isfile(path):
+        return Problem(place, setting, value, "is neither a file nor a folder", "save its rows in a file")
     return None
 
 
@@ -132,11 +165,12 @@ class Entry:
         if wrong:
             return None, wrong
         formatting: Formatting = self.entry.get("formatting", "alpaca")
-        on_hub = "hf_hub_url" in self.entry
+        load_from = self._load_from()
+        key = _KEYS[load_from]
         attr = DatasetAttr(
             self.name,
-            "hf_hub" if on_hub else "file",
-            self.entry["hf_hub_url"] if on_hub else inside(self.dataset_dir, self.entry["file_name"]),
+            load_from,
+            inside(self.dataset_dir, self.entry[key]) if load_from == "file" else self.entry[key],
             formatting,
             split=self.entry.get("split") or self.split,
             columns=self._columns(formatting),
@@ -144,6 +178,12 @@ class Entry:
             **{key: self.entry.get(key) for key in ("subset", "folder", "num_samples")},
         )
         return attr, []
+
+    def _load_from(self) -> LoadFrom:
+        """A hub wins over a file. Of two hubs it is Hugging Face's, unless the environment says ModelScope."""
+        if "ms_hub_url" in self.entry and (asks_modelscope() or "hf_hub_url" not in self.entry):
+            return "ms_hub"
+        return "hf_hub" if "hf_hub_url" in self.entry else "file"
 
     def _columns(self, formatting: Formatting) -> Columns:
         """Columns that are named replace the usual ones as a whole, as LLaMA-Factory reads them."""
@@ -195,7 +235,7 @@ class Entry:
         samples = entry.get("num_samples")
         if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
             found.append(self._wrong("num_samples", samples, "is not a number of rows", "give 1 or more"))
-        if "hf_hub_url" not in entry:
+        if self._load_from() == "file":
             split = entry.get("split") or self.split
             given = {"subset": entry.get("subset"), "folder": entry.get("folder"), "split": split}
             for key, usual in (("subset", None), ("folder", None), ("split", "train")):
@@ -204,15 +244,19 @@ class Entry:
         return found
 
     def _wrong_place(self) -> list[Problem]:
-        """Where its rows lie. A hub name wins over a file; what burnish cannot read is told where there is neither."""
+        """Where its rows lie. What burnish cannot read is told where there is no other."""
         entry = self.entry
         found = [
             self._wrong(key, entry[key], "is not a name")
             for key in _PLACES
             if key in entry and not (isinstance(entry[key], str) and entry[key])
         ]
-        if found or "hf_hub_url" in entry:
+        load_from = self._load_from()
+        if found or load_from == "hf_hub":
             return found
+        if load_from == "ms_hub":
+            missing = missing_modelscope(self.catalog, f"{self.name}.ms_hub_url", entry["ms_hub_url"])
+            return [missing] if missing else []
         if "file_name" in entry:
             path = inside(self.dataset_dir, entry["file_name"])
             wrong = wrong_file(path, self.catalog, f"{self.name}.file_name", entry["file_name"])

@@ -81,4 +81,5 @@ def shared(train: Keys, train_store: SampleStore, other: Keys, store: SampleStor
 
 def _equals(pairs: list[tuple[int, int]], of: int, store: SampleStore, earlier: SampleStore) -> Equals:
     told = tuple(pairs[:EXAMPLES])
-    return Equals(len(pairs), of, told, tuple((store[a].place, earlier[b].place) for a, b in told))
+    places = dict.fromkeys((store[a].place, earlier[b].place) for a, b in told)  # a row may give several samples
+    return Equals(len(pairs), of, told, tuple(places))

@@ -17,7 +17,7 @@ from typing import Any
 
 from burnish.data.entry import OPENAI_TAGS, Columns, DatasetAttr
 from burnish.data.turns import openai_turn, sharegpt_turn, tools_of
-from burnish.data.values import BadRow, filled, json_list, optional, required, text_of
+from burnish.data.values import BadRow, filled, json_list, no_column, optional, required, text_of
 from burnish.types import Example, Message
 
 _FOLLOWS = {  # role → roles that may come after it; "" is the beginning, after a system message
@@ -38,15 +38,26 @@ def align_dataset(row: Mapping[str, Any], attr: DatasetAttr, *, stage: str = "sf
 
 
 def detect_formatting(row: Mapping[str, Any], attr: DatasetAttr) -> DatasetAttr:
-    """The format of a file that was named directly, told from its first row."""
-    for column in ("messages", "conversations"):
-        turns = json_list(row[column], column) if row.get(column) else []
-        if turns and isinstance(turns[0], dict):
-            columns = replace(attr.columns, messages=column)
-            if "role" in turns[0]:
-                return replace(attr, formatting="openai", columns=columns, tags=OPENAI_TAGS)
-            return replace(attr, formatting="sharegpt", columns=columns)
+    """The format of a file that was named directly, told from its first row; where its turns say nothing, from the
+    column's name.
+    """
+    found = {column: _first_turn(row, column) for column in ("messages", "conversations") if column in row}
+    for column, turn in sorted(found.items(), key=lambda item: not item[1]):  # a column with turns goes first
+        if not turn and attr.columns.prompt in row:
+            break
+        columns = replace(attr.columns, messages=column)
+        if "role" in turn or (not turn and column == "messages"):
+            return replace(attr, formatting="openai", columns=columns, tags=OPENAI_TAGS)
+        return replace(attr, formatting="sharegpt", columns=columns)
     return replace(attr, formatting="alpaca")
+
+
+def _first_turn(row: Mapping[str, Any], column: str) -> dict[str, Any]:
+    try:
+        turns = json_list(row[column] or [], column)
+    except BadRow:  # counted when the row is read
+        return {}
+    return turns[0] if turns and isinstance(turns[0], dict) else {}
 
 
 def columns_read(attr: DatasetAttr, stage: str) -> set[str]:
@@ -64,12 +75,16 @@ def columns_read(attr: DatasetAttr, stage: str) -> set[str]:
 def _document(row: Mapping[str, Any], columns: Columns) -> str:
     """A text to train on as a whole: the prompt's columns, or `text`."""
     if columns.prompt in row or "text" not in row:
+        if columns.prompt == Columns.prompt and columns.prompt not in row:  # nobody named a column
+            raise no_column(row, "text")
         parts = [required(row, columns.prompt), optional(row, columns.query)]
         return filled("\n".join(part for part in parts if part), columns.prompt or "text")
     return filled(text_of(row["text"], "text"), "text")
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns) -> list[Message]:
+    if set(row) == {"text"} and columns.prompt != "text":
+        raise BadRow("is a text without an answer")
     messages: list[Message] = []
     if system := optional(row, columns.system):
         messages.append(Message(role="system", content=system))
@@ -88,7 +103,7 @@ def _alpaca(row: Mapping[str, Any], columns: Columns) -> list[Message]:
 def _conversation(row: Mapping[str, Any], attr: DatasetAttr) -> list[Message]:
     column = attr.columns.messages
     if column is None or column not in row:
-        raise BadRow(f"has no column {column!r}")
+        raise no_column(row, column)
     turns = json_list(row[column] or [], column)
     if not turns:
         raise BadRow(f"{column} is empty")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from burnish.data.packing import Packing, pack
+from burnish.errors import Problem, UserError
 from burnish.types import IGNORE_INDEX, Batch, Sample
 
 Collate = Callable[[Sequence[Sample]], Batch]
@@ -126,28 +127,38 @@ class EpochOrder(Sampler[list[int]]):
 
 
 class StreamOrder(IterableDataset):
-    """A stream of samples in the place of `EpochOrder`: endless, each time in another order, begun at any batch."""
+    """A stream of samples in the place of `EpochOrder`: endless, one pass after the other, each in another order.
 
-    def __init__(self, stream: Any, batch_size: int, share: Share = WHOLE):
-        self.stream, self.batch_size, self.share = stream, batch_size, share
-        self.set_epoch(0)
+    Where it is after a batch is the same in every process, and is what a resumed run begins at.
+    """
+
+    def __init__(self, stream: Any, share: Share = WHOLE):
+        self.stream, self.share = stream, share
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        self.epoch, self.skip = epoch, skip
+        """Begin anew; with `skip`, where `load_state_dict` said, which is after so many batches."""
+        if not skip:
+            self.stream.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
 
     def __iter__(self) -> Iterator[Sample]:
-        rank, of = self.share
-        return islice(self._endless(), self.skip * self.batch_size * of + rank, None, of)
+        samples = self._endless()
+        while taken := list(islice(samples, self.share.of)):  # one for each process
+            yield taken[self.share.rank]
 
     def _endless(self) -> Iterator[Sample]:
-        for epoch in count(self.epoch):
-            self.stream.set_epoch(epoch)
-            empty = True
+        passes_without_any = 0
+        while passes_without_any < 2:  # one that was resumed at its end gives none either
+            passes_without_any += 1
             for sample in self.stream:
-                empty = False
+                passes_without_any = 0
                 yield sample
-            if empty:
-                return
+            self.stream.set_epoch(self.stream.epoch + 1)
 
 
 def make_loader(
@@ -173,7 +184,7 @@ def make_loader(
     if not hasattr(samples, "__getitem__"):
         assert pack_to is None, "a stream is not packed"  # data/arguments.py refuses it by name
         options |= {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}  # one reader, one order
-        order = StreamOrder(samples, batch_size, share)
+        order = StreamOrder(samples, share)
         return DataLoader(
             order, batch_size=batch_size, collate_fn=collate, drop_last=drop_last, generator=generator, **options
         )
@@ -197,6 +208,23 @@ def _lengths(samples: Any) -> np.ndarray:
 def order_of(loader: DataLoader) -> EpochOrder | StreamOrder:
     """Where the epoch and the place to begin at are set."""
     return loader.dataset if isinstance(loader.dataset, StreamOrder) else loader.batch_sampler  # type: ignore[return-value]
+
+
+def position_of(loader: DataLoader) -> dict[str, Any] | None:
+    """Where a stream is after the last batch. For the order of an epoch a number of batches tells it."""
+    order = order_of(loader)
+    return order.state_dict() if isinstance(order, StreamOrder) else None
+
+
+def go_on_from(loader: DataLoader, position: dict[str, Any] | None) -> None:
+    """What `position_of` told a run before this one. Raises UserError for a stream where that run had none."""
+    order = order_of(loader)
+    if not isinstance(order, StreamOrder):
+        return
+    if position is None:
+        message = "cannot go on in a run that was not streamed: nobody knows which rows it had"
+        raise UserError(Problem("data", "streaming", None, message, "leave it out, or begin a new run"))
+    order.load_state_dict(position)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

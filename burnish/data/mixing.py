@@ -75,11 +75,16 @@ def set_aside(num_rows: int, val_size: float, seed: int) -> np.ndarray:
     """Which rows are kept for evaluation, [num_rows] bool. Of 54 rows 0.2 are 11: a share rounds up."""
     number = math.ceil(val_size * num_rows) if val_size < 1 else int(val_size)
     if number >= num_rows:
-        message = f"would set aside all of {num_rows} rows"
-        raise UserError(Problem("data", "val_size", val_size, message, "give a smaller number, or an eval_dataset"))
+        raise all_set_aside(val_size, num_rows)
     aside = np.zeros(num_rows, dtype=bool)
     aside[np.random.default_rng(seed).permutation(num_rows)[:number]] = True
     return aside
+
+
+def all_set_aside(val_size: float, num_rows: int) -> UserError:
+    rows = "the only row" if num_rows == 1 else f"all of {num_rows} rows"
+    message = f"would set aside {rows}"
+    return UserError(Problem("data", "val_size", val_size, message, "give a smaller number, or an eval_dataset"))
 
 
 def shuffled(rows: Iterable[T], buffer_size: int, seed: Sequence[int]) -> Iterator[T]:

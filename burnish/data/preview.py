@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from burnish.data.broken import MAYBE_GBK, not_utf8_reason
 from burnish.data.encode import DocumentFrame
 from burnish.data.equal_rows import Equals, Keys, keys_of, repeated, shared
 from burnish.data.packing import pack
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 KEPT_WHOLE = 0.99  # which share of the samples the suggested cutoff leaves whole
 _BINS = 20
 _EXCERPT = 240  # characters of a row that cannot be used
+_MOST_BYTES = 4 * (_EXCERPT + 1)
 _TEXT_FILES = (".json", ".jsonl", ".csv", ".txt")
 
 
@@ -253,7 +255,18 @@ def excerpt(place: str) -> str:
     file = Path(name)
     if file.suffix.lower() not in _TEXT_FILES or not number.isdecimal() or not file.is_file():
         return ""
-    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+    with file.open("rb") as lines:  # whose ends are \n alone, as where rows are counted
         rest = islice(lines, int(number) - 1, int(number) + (20 if file.suffix.lower() == ".json" else 0))
-        text = " ".join(line.strip() for line in rest).removeprefix("[").strip()
+        start = b" ".join(line[:_MOST_BYTES].strip() for line in rest)[:_MOST_BYTES]
+    encoding = "gb18030" if not_utf8_reason(start) == MAYBE_GBK and not _is_utf8(start) else "utf-8"
+    text = start.decode(encoding, "replace").removeprefix("\ufeff").removeprefix("[").strip()
     return text[:_EXCERPT] + "…" if len(text) > _EXCERPT else text
+
+
+def _is_utf8(start: bytes) -> bool:
+    """Of a text that may end inside a character."""
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return True

@@ -16,7 +16,7 @@ import numpy as np
 
 from burnish.data.arguments import DataArguments
 from burnish.data.encode import AFTER_ANSWER, NOTHING_TRAINED, ONE_TOKEN
-from burnish.data.report import DataReport
+from burnish.data.report import DataReport, NothingLeft
 from burnish.data.sources import Datasets
 from burnish.data.store import SampleStore
 from burnish.data.stream import StreamedSamples
@@ -49,8 +49,8 @@ def look(get: GetDataset, args: DataArguments, *, rows: int) -> Looked:
     except UserError as error:
         refused = tuple(str(problem) for problem in error.problems)
         datasets = _good_rows(get, args)
-    if datasets is None:
-        return Looked({}, DataReport(), refused)
+    if isinstance(datasets, DataReport):
+        return Looked({}, datasets, refused)
     if isinstance(datasets.train, StreamedSamples):
         return _first_of_stream(datasets, datasets.train, max(rows, STREAMED), refused)
     parts = {} if datasets.train is None else {"train": datasets.train}
@@ -63,15 +63,19 @@ def _without_cutoff(get: GetDataset, args: DataArguments) -> dict[str, SampleSto
     return ({"train": whole.train} if isinstance(whole.train, SampleStore) else {}) | whole.eval
 
 
-def _good_rows(get: GetDataset, args: DataArguments) -> Datasets | None:
-    """What is left when every bad row is allowed; of train alone, where nothing is left for evaluation."""
-    lenient = replace(args, max_bad_rows=math.inf, overwrite_cache=False)
+def _good_rows(get: GetDataset, args: DataArguments) -> Datasets | DataReport:
+    """What is left when every bad row is allowed; of train alone, where nothing is left for evaluation. Where nothing
+    is left at all, what became of the rows.
+    """
+    lenient, report = replace(args, max_bad_rows=math.inf, overwrite_cache=False), DataReport()
     for attempt in (lenient, replace(lenient, val_size=0.0, eval_dataset=None)):
         try:
             return get(attempt)
+        except NothingLeft as error:
+            report = error.report
         except UserError:
             continue
-    return None
+    return report
 
 
 def _first_of_stream(datasets: Datasets, train: StreamedSamples, most: int, refused: tuple[str, ...]) -> Looked:

@@ -47,7 +47,7 @@ def _part(part: PartView) -> dict[str, Any]:
     values = asdict(part)
     for found in (values["repeated"], values["shared"]):
         if found:
-            del found["rows"]  # indices: the page has their places
+            found["rows"] = len(found["rows"])  # how many the places are of
     return values
 
 

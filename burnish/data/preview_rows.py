@@ -71,11 +71,8 @@ def rows_worth_a_look(
         for index in indices:
             tags.setdefault((part, int(index)), []).append(why)
 
-    places = {place: why for why, place in lost.items()}
-    for name, store in parts.items():
-        for index, sample in enumerate(store) if places else ():
-            if sample.place in places:
-                tag(name, [index], places.pop(sample.place))
+    for name, index, why in _lost(parts, lost):
+        tag(name, [index], why)
     for name, store in parts.items():
         by_length = np.argsort(store.lengths, kind="stable")
         few = min(OF_EACH_END, len(store) // 4 + 1)
@@ -95,6 +92,19 @@ def rows_worth_a_look(
         tag(name, range(size // 2 + size % 2), "first")
         tag(name, np.sort(rng.permutation(len(parts[name]))[: size // 2]), "random")
     return {row: list(dict.fromkeys(why)) for row, why in tags.items()}
+
+
+def _lost(parts: Mapping[str, SampleStore], lost: Mapping[str, str]) -> Iterator[tuple[str, int, str]]:
+    """(part, index, what was cut). Of several samples of one row, the longest is taken for the one that was cut."""
+    found: dict[str, tuple[str, int, int]] = {}
+    places = set(lost.values())
+    for name, store in parts.items():
+        for index, sample in enumerate(store) if places else ():
+            if sample.place in places and len(sample) > found.get(sample.place, ("", 0, 0))[2]:
+                found[sample.place] = name, index, len(sample)
+    for why, place in lost.items():
+        if place in found:
+            yield *found[place][:2], why
 
 
 def _divided(room: int, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from burnish.data.preview import About, Histogram, PartView, Preview
 from burnish.data.preview_rows import Run, ShownRow
+from burnish.data.report import printable
 
 ROWS_IN_TERMINAL = 3
 HEAD, TAIL = 60, 30  # tokens that are shown of a stretch
@@ -37,7 +38,7 @@ def preview_lines(preview: Preview, *, coloured: bool) -> Iterator[Text]:
         legend = "green: trained" if coloured else "‹ ›: trained; │: border of two tokens"
         yield Text(f"{legend}; ⏎: a line break in the text", style="dim")
         yield Text()
-    yield from (Text(line) for line in _report(preview))
+    yield from (Text(printable(line)) for line in _report(preview))
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def _row(row: ShownRow, preview: Preview, coloured: bool) -> Iterator[Text]:
     number = f"{row.part} {row.index + 1:,}" + (f" of {of:,}" if preview.streamed is None else "")
     share = row.num_trained / row.num_tokens
     facts = f"{row.num_tokens:,} tokens, {row.num_trained:,} trained ({share:.0%}){several}"
-    yield Text.assemble((f"── {number} ", "bold"), (row.place, "bold cyan"), (f" ── {facts}", "bold"))
+    yield Text.assemble((f"── {number} ", "bold"), (printable(row.place), "bold cyan"), (f" ── {facts}", "bold"))
     line, shade = Text(), 0
     for at, run in enumerate(row.runs):
         if at == MOST_RUNS:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from burnish.data.broken import remedy_for
 from burnish.errors import Problem, UserError
 from burnish.types import IGNORE_INDEX, Sample
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from burnish.data.packing import Packing
     from burnish.data.store import SampleStore
 
-HAS_NO_COLUMN = "has no column"  # how that reason of a bad row begins
+MOST_REASONS = 20  # that are told of each kind, and counted apart
+OTHER = "other reasons than those before"
 
 
 @dataclass
@@ -67,13 +69,13 @@ class DataReport:
     def add(self, kind: str, reason: str, place: str) -> None:
         """Count one row or sample under `bad`, `dropped` or `cut`."""
         tallies: dict[str, Tally] = {"bad": self.bad, "dropped": self.dropped, "cut": self.cut}[kind]
-        tally = tallies.setdefault(reason, Tally(0, place))
-        tally.count += 1
+        _tally(tallies, reason, place).count += 1
 
     def add_part(self, name: str, store: SampleStore) -> None:
         self.parts[name] = Part(len(store), len(store.input_ids), int(store.num_trained.sum()))
 
     def note(self, line: str) -> None:
+        line = printable(line)
         if line not in self.notes:
             self.notes.append(line)
 
@@ -86,7 +88,7 @@ class DataReport:
             self.hashes.extend(later.hashes)
         for mine, theirs in ((self.bad, later.bad), (self.dropped, later.dropped), (self.cut, later.cut)):
             for reason, tally in theirs.items():
-                mine.setdefault(reason, Tally(0, tally.first)).count += tally.count
+                _tally(mine, reason, tally.first).count += tally.count
         for line in later.notes:
             self.note(line)
 
@@ -114,17 +116,23 @@ class DataReport:
         if self.num_bad <= allowed:
             return
         share = f"{self.num_bad:,} of {self.rows:,} rows ({self.num_bad / self.rows:.1%}) cannot be used"
-        found = [
-            Problem(tally.first, "", None, _as_sentence(reason, tally.count)) for reason, tally in _by_count(self.bad)
-        ]
         remedy = "mend or drop these rows, or allow more"
-        if any(reason.startswith(HAS_NO_COLUMN) for reason in self.bad):
-            remedy = "name the columns in dataset_info.json, mend or drop these rows, or allow more"
-        raise UserError([*found, Problem("data", "max_bad_rows", max_bad_rows, f"is passed: {share}", remedy)])
+        raise UserError(
+            [*self.problems("bad"), Problem("data", "max_bad_rows", max_bad_rows, f"is passed: {share}", remedy)]
+        )
+
+    def problems(self, kind: str) -> list[Problem]:
+        """One for each reason, at the first row that has it."""
+        tallies: dict[str, Tally] = {"bad": self.bad, "dropped": self.dropped}[kind]
+        before, unit = ("dropped: ", "sample") if kind == "dropped" else ("", "row")
+        return [
+            Problem(tally.first, "", None, before + _as_sentence(reason, tally.count, unit), remedy_for(reason))
+            for reason, tally in _by_count(tallies)
+        ]
 
     def lines(self) -> list[str]:
         """What a person reads before training starts."""
-        return list(self._lines())
+        return list(map(printable, self._lines()))
 
     def _lines(self) -> Iterator[str]:
         if self.rows:  # none yet where all is streamed
@@ -143,6 +151,28 @@ class DataReport:
         yield from (f"  {line}" for line in self.notes)
 
 
+class NothingLeft(UserError):
+    """A part of the data without a sample; the report says what became of its rows."""
+
+    def __init__(self, part: str, report: DataReport):
+        remedy = "raise cutoff_len, or give more rows" if report.dropped else "give rows that can be used"
+        left = Problem("data", part, None, "has no sample left", remedy)
+        super().__init__([*report.problems("bad"), *report.problems("dropped"), left])
+        self.report = report
+
+
+def printable(line: str) -> str:
+    """A name of a column or a file may hold what no terminal takes: half a surrogate pair, bytes that are no UTF-8."""
+    return line.encode("utf-8", "backslashreplace").decode()
+
+
+def _tally(tallies: dict[str, Tally], reason: str, place: str) -> Tally:
+    """Where a reason quotes the row, there may be as many reasons as rows: the later ones are counted as one."""
+    if reason not in tallies and len(tallies) >= MOST_REASONS:
+        reason = OTHER
+    return tallies.setdefault(reason, Tally(0, place))
+
+
 def _as_rows(packing: Packing) -> str:
     rows = f"{len(packing):,} {'row' if len(packing) == 1 else 'rows'} of up to {packing.capacity:,} tokens"
     return f"{rows}, {packing.fill:.1%} full, {len(packing.samples) / len(packing):.1f} samples a row"
@@ -152,8 +182,8 @@ def _by_count(tallies: dict[str, Tally]) -> list[tuple[str, Tally]]:
     return sorted(tallies.items(), key=lambda item: -item[1].count)
 
 
-def _as_sentence(reason: str, count: int) -> str:
-    return reason if count == 1 else f"{reason} (and {count - 1:,} more {'row' if count == 2 else 'rows'} with it)"
+def _as_sentence(reason: str, count: int, unit: str) -> str:
+    return reason if count == 1 else f"{reason} (and {count - 1:,} more {unit if count == 2 else f'{unit}s'} with it)"
 
 
 def first_sample_text(sample: Sample, tokenizer: Any) -> str:

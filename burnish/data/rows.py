@@ -17,19 +17,28 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TextIO
 
+from burnish.data.broken import (
+    CUT_OFF,
+    NOT_JSON,
+    NOT_UTF8_BYTE,
+    TWICE,
+    escaped_bytes,
+    json_reason,
+    not_utf8_reason,
+    remedy_for,
+    wrong_content,
+)
+from burnish.data.columnar import arrow_rows, parquet_rows
+from burnish.data.values import kind_of
 from burnish.errors import Problem, UserError
 
 FILE_TYPES = ("json", "jsonl", "csv", "parquet", "arrow", "txt")
-CUT_OFF = "JSON is cut off"
-NOT_JSON = "is not valid JSON"
-NOT_UTF8 = "is not UTF-8"
-NOT_AN_OBJECT = "is not a JSON object"
 
+_HEAD = 4096  # bytes that tell what a file is
 _GAP = re.compile(r"[\s,]*")  # between two rows of an array or of a stream of objects
 _BLANK = re.compile(r"\s*")
 _WINDOW = 2**20  # characters of a JSON file that are read at once
 _LONGEST_WORD = 16  # -Infinity, \ud83d: what a window's end may cut and a decoder not understand
-_NOT_UTF8_BYTE = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte that is not UTF-8
 
 
 class Row(NamedTuple):
@@ -57,38 +66,48 @@ def read_rows(path: str) -> Iterator[Row]:
         "parquet": _read_parquet,
         "arrow": _read_arrow,
     }
+    kind = file_type(path)
     try:
-        yield from readers[file_type(path)](path)
+        with open(path, "rb") as file:
+            if wrong := wrong_content(file.read(_HEAD), path, kind):
+                raise UserError(wrong)
+        yield from readers[kind](path)
     except OSError as error:
-        raise UserError(Problem(path, "", None, f"cannot be read: {error.strerror or error}")) from error
+        message = f"cannot be read: {error.strerror or error}"
+        raise UserError(Problem(path, "", None, message, "see that this user may read it")) from error
 
 
 def _read_jsonl(path: str) -> Iterator[Row]:
     with open(path, "rb") as file:
-        if _starts_with(file.read(4096), path) == b"[":  # an array under the wrong name
+        first = file.readline(_HEAD).removeprefix(codecs.BOM_UTF8).strip()
+        while not first and (line := file.readline(_HEAD)):
+            first = line.strip()
+        if first[:1] == b"[" or first == b"{":  # an array, or objects of many lines, under the wrong name
             yield from _read_json(path)
             return
         file.seek(0)
+        keys = _Keys()
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                yield _parse_line(line, f"{path}:{number}")
+                yield _parse_line(line, f"{path}:{number}", keys)
 
 
-def _parse_line(line: bytes, place: str) -> Row:
+def _parse_line(line: bytes, place: str, keys: _Keys) -> Row:
     try:
-        return _row(json.loads(line.decode("utf-8")), place)
+        text = line.decode("utf-8")
     except UnicodeDecodeError:
-        return Row(None, place, NOT_UTF8)
+        return Row(None, place, not_utf8_reason(line))
+    try:
+        keys.twice = False
+        return _row(keys.decoder.decode(text), place, keys)
     except (ValueError, RecursionError) as error:
-        return Row(None, place, _json_reason(error, len(line.decode("utf-8").rstrip())))
+        return Row(None, place, json_reason(error, len(text.rstrip())))
 
 
 def _read_json(path: str) -> Iterator[Row]:
     """An array of objects, or objects one after the other, on one line each or on many."""
-    with open(path, "rb") as head:
-        _starts_with(head.read(4096), path)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         window = _Window(file)
         in_array = window.skip_gap() and window.text[window.at] == "["
@@ -98,21 +117,37 @@ def _read_json(path: str) -> Iterator[Row]:
             if in_array and window.text[window.at] == "]":
                 window.at += 1
                 if window.skip_gap(_BLANK):
-                    yield Row(None, place, "something stands after the end of the JSON array")
+                    message = "something stands after the end of the JSON array, and would be lost"
+                    remedy = "write one array, or one row a line without brackets"
+                    raise UserError(Problem(f"{path}:{window.line()}", "", None, message, remedy))
                 return
             try:
-                value, is_utf8 = window.decode()
+                value, content = window.decode()
             except (ValueError, RecursionError) as error:
-                reason, before = _json_reason(error, window.end_of_text()), window.before
+                reason, before = window.reason(error), window.before
                 yield Row(None, place, reason)
                 if not window.skip_row():
                     if reason != CUT_OFF:
-                        raise UserError(_lost_rest(error, place, before)) from error
+                        raise UserError(_lost_rest(error, reason, place, before)) from error
                     return
                 continue
-            yield _row(value, place) if is_utf8 else Row(None, place, NOT_UTF8)
+            yield Row(None, place, not_utf8_reason(content)) if content else _row(value, place, window.keys)
         if in_array:
             yield Row(None, f"{path}:{window.line()}", CUT_OFF)  # no closing bracket
+
+
+class _Keys:
+    """Makes the objects of JSON, and notices a key that stands in one twice: json would keep the last one unsaid."""
+
+    def __init__(self):
+        self.twice = False
+        self.decoder = json.JSONDecoder(object_pairs_hook=self.object)
+
+    def object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            self.twice = True
+        return made
 
 
 class _Window:
@@ -121,7 +156,8 @@ class _Window:
     """
 
     def __init__(self, file: TextIO):
-        self._file, self._decoder = file, json.JSONDecoder()
+        self.keys = _Keys()
+        self._file, self._decoder = file, self.keys.decoder
         self.text, self.at = "", 0
         self.before = 0  # characters of the window's first line that were left behind
         self._is_last, self._line, self._counted = False, 1, 0
@@ -141,9 +177,10 @@ class _Window:
             if not self._grow():
                 return False
 
-    def decode(self) -> tuple[Any, bool]:
-        """The value that begins here, and whether it is UTF-8. Raises what `raw_decode` raises."""
+    def decode(self) -> tuple[Any, bytes]:
+        """The value that begins here, and its bytes where they are not UTF-8. Raises what `raw_decode` raises."""
         while True:
+            self.keys.twice = False
             try:
                 value, end = self._decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
@@ -152,9 +189,9 @@ class _Window:
                 raise
             if end == len(self.text) and self._grow():  # a number may go on
                 continue
-            is_utf8 = not _NOT_UTF8_BYTE.search(self.text, self.at, end)
-            self.at = end
-            return value, is_utf8
+            start, self.at = self.at, end
+            is_utf8 = not NOT_UTF8_BYTE.search(self.text, start, end)
+            return value, b"" if is_utf8 else escaped_bytes(self.text[start:end])
 
     def skip_row(self) -> bool:
         """Go on from a broken row to the one after it: the next line that opens an object at the same depth."""
@@ -166,9 +203,13 @@ class _Window:
         self.at = found + len(opening) - 1
         return True
 
-    def end_of_text(self) -> int:
-        """Where the last word of the file ends, or a place beyond the window."""
-        return len(self.text.rstrip()) if self._is_last else len(self.text) + 1
+    def reason(self, error: Exception) -> str:
+        """Why what begins here is no row; an encoding that is not UTF-8 may be what broke it."""
+        line = self.text[self.at : max(self.text.find("\n", self.at), self.at)] or self.text[self.at :]
+        if NOT_UTF8_BYTE.search(line):
+            return not_utf8_reason(escaped_bytes(line))
+        end_of_text = len(self.text.rstrip()) if self._is_last else len(self.text) + 1
+        return json_reason(error, end_of_text)
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
         """Whether it is the window's end that breaks the row, and not the row."""
@@ -193,45 +234,32 @@ def _indent(line: str) -> str:
     return line[: len(line) - len(line.lstrip())]
 
 
-def _lost_rest(error: Exception, place: str, before: int) -> Problem:
+def _lost_rest(error: Exception, reason: str, place: str, before: int) -> Problem:
     where = ""
     if isinstance(error, json.JSONDecodeError):
         where = f" at column {error.colno + (before if error.lineno == 1 else 0)}"
-    return Problem(
-        place, "", None, f"{NOT_JSON}{where}, and no row after it can be told apart", "mend it, or write one row a line"
-    )
+    message = f"{reason.replace(NOT_JSON, NOT_JSON + where)}, and no row after it can be told apart"
+    return Problem(place, "", None, message, "mend it, or write one row a line")
 
 
-def _json_reason(error: Exception, end_of_text: int) -> str:
-    if isinstance(error, RecursionError):
-        return "JSON is nested too deeply"
-    if not isinstance(error, json.JSONDecodeError):
-        return NOT_JSON  # a number of thousands of digits
-    return CUT_OFF if error.pos >= end_of_text or error.msg.startswith("Unterminated string") else NOT_JSON
-
-
-def _row(value: Any, place: str) -> Row:
-    return Row(value, place) if isinstance(value, dict) else Row(None, place, NOT_AN_OBJECT)
-
-
-def _starts_with(head: bytes, path: str) -> bytes:
-    """The first byte that is not blank. A file in UTF-16 is refused here, once, not row by row."""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(Problem(path, "", None, "is UTF-16", "save it as UTF-8"))
-    return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+def _row(value: Any, place: str, keys: _Keys) -> Row:
+    if not isinstance(value, dict):
+        kind = "null" if value is None else kind_of(value)
+        return Row(None, place, f"is {kind}, not a JSON object")
+    return Row(None, place, TWICE) if keys.twice else Row(value, place)
 
 
 def _read_csv(path: str) -> Iterator[Row]:
     """Every value is a string, as it stands: `NA` and `007` are words, not a missing value and a number."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
-    with open(path, "rb") as head:
-        _starts_with(head.read(4096), path)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
-            header = next(reader, [])
+            header = next((fields for fields in reader if fields), [])
         except csv.Error as error:
             raise UserError(Problem(f"{path}:1", "", None, f"has a header that is not csv: {error}")) from error
+        if wrong := _wrong_header(header, f"{path}:{reader.line_num}"):
+            raise UserError(wrong)
         while True:
             line = reader.line_num + 1
             try:
@@ -245,11 +273,26 @@ def _read_csv(path: str) -> Iterator[Row]:
                 yield _csv_row(header, fields, f"{path}:{line}")
 
 
+def _wrong_header(header: list[str], place: str) -> Problem | None:
+    """What would spoil every row, or lose a column of them."""
+    whole = ",".join(header)
+    if NOT_UTF8_BYTE.search(whole):
+        reason = not_utf8_reason(escaped_bytes(whole))
+        return Problem(place, "", None, f"header {reason}", remedy_for(reason))
+    if whole.lower().startswith("sep="):
+        return Problem(place, "", whole, "is a line for Excel, not a header", "leave it out")
+    if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in whole), "")):
+        return Problem(place, "header", whole, f"is separated by {mark!r}, not by commas", "save it with commas")
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    return Problem(place, "header", twice, "names two columns", "rename one of them") if twice else None
+
+
 def _csv_row(header: list[str], fields: list[str], place: str) -> Row:
-    if any(_NOT_UTF8_BYTE.search(field) for field in fields):
-        return Row(None, place, NOT_UTF8)
+    whole = ",".join(fields)
+    if NOT_UTF8_BYTE.search(whole):
+        return Row(None, place, not_utf8_reason(escaped_bytes(whole)))
     if len(fields) != len(header):
-        return Row(None, place, "has more or fewer fields than the header")
+        return Row(None, place, f"has {'more' if len(fields) > len(header) else 'fewer'} fields than the header")
     return Row(dict(zip(header, fields, strict=True)), place)
 
 
@@ -265,8 +308,6 @@ def _broken_csv(error: csv.Error, path: str, first: int, last: int) -> Iterator[
 def _read_txt(path: str) -> Iterator[Row]:
     """Each line is a text of its own."""
     with open(path, "rb") as file:
-        _starts_with(file.read(4096), path)
-        file.seek(0)
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -275,60 +316,19 @@ def _read_txt(path: str) -> Iterator[Row]:
             try:
                 yield Row({"text": line.decode("utf-8").rstrip("\r\n")}, f"{path}:{number}")
             except UnicodeDecodeError:
-                yield Row(None, f"{path}:{number}", NOT_UTF8)
+                yield Row(None, f"{path}:{number}", not_utf8_reason(line))
 
 
 def _read_parquet(path: str) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            yield from _arrow_rows(file.iter_batches(batch_size=1024), path)
-    except pyarrow.ArrowException as error:
-        raise UserError(_not_arrow(path, "parquet", error)) from error
+    return _numbered(parquet_rows(path), path)
 
 
 def _read_arrow(path: str) -> Iterator[Row]:
-    """Both of Arrow's layouts: files (with a footer) and streams (what `datasets` saves)."""
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(path) as source:
-            try:
-                reader = pyarrow.ipc.open_file(source)
-            except pyarrow.ArrowInvalid:
-                source.seek(0)
-                yield from _arrow_rows(pyarrow.ipc.open_stream(source), path)
-                return
-            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-            yield from _arrow_rows(batches, path)
-    except pyarrow.ArrowException as error:
-        raise UserError(_not_arrow(path, "arrow", error)) from error
+    return _numbered(arrow_rows(path), path)
 
 
-def _not_arrow(path: str, kind: str, error: Exception) -> Problem:
-    return Problem(path, "", None, f"is not a whole {kind} file: {str(error).splitlines()[0]}", "write it again")
-
-
-def _arrow_rows(batches: Any, path: str) -> Iterator[Row]:
-    number = 0
-    for batch in batches:
-        for value in batch.to_pylist():
-            number += 1
-            yield Row(without_nulls(value), f"{path}:{number}")
-
-
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A columnar file gives every object inside a row all the keys of its column; those it did not have come as None.
-
-    >>> without_nulls({"input": None, "messages": [{"role": "user", "content": "hi", "tool_calls": None}]})
-    {'input': None, 'messages': [{'role': 'user', 'content': 'hi'}]}
-    """
-
-    def tidy(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: tidy(item) for key, item in value.items() if item is not None}
-        return [tidy(item) for item in value] if isinstance(value, list) else value
-
-    return {column: tidy(value) for column, value in row.items()}
+def _numbered(values: Iterator[dict[str, Any] | str], path: str) -> Iterator[Row]:
+    """A row that cannot be read comes as its reason."""
+    for number, value in enumerate(values, 1):
+        place = f"{path}:{number}"
+        yield Row(None, place, value) if isinstance(value, str) else Row(value, place)

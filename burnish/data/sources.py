@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,16 @@ import numpy as np
 
 from burnish.data.cache import Items, TokenFolder, token_cache
 from burnish.data.catalog import get_dataset_list
-from burnish.data.encode import ONE_TOKEN, DocumentFrame, join_documents
+from burnish.data.encode import ONE_TOKEN, DocumentFrame
 from burnish.data.entry import DatasetAttr, files_of_data
 from burnish.data.fingerprint import describe, fingerprint
 from burnish.data.formats import columns_read, detect_formatting
-from burnish.data.mixing import mix, sample, set_aside
-from burnish.data.report import DataReport
-from burnish.data.rows import Row, read_rows, without_nulls
+from burnish.data.hub import Hub, hub_rows
+from burnish.data.mixing import all_set_aside, mix, sample, set_aside
+from burnish.data.report import DataReport, NothingLeft
+from burnish.data.rows import Row, read_rows
 from burnish.data.store import SampleStore
 from burnish.data.stream import StreamedSamples
-from burnish.data.values import BadRow
 from burnish.data.workers import FEW_ROWS, Item, RowEncoder, encode_items
 from burnish.errors import Problem, UserError
 from burnish.types import EncodesMessages
@@ -42,47 +43,6 @@ if TYPE_CHECKING:
 SMALL_DATA = 4 * 2**20  # bytes of files whose rows are encoded faster than tokens are found again
 
 _ASIDE = "eval"  # the name of the rows that val_size sets aside, and of evaluation sets that are joined
-
-
-@dataclass(frozen=True)
-class Hub:
-    """How to reach the hub: arguments of the model, which hold for data too."""
-
-    cache_dir: str | None = None
-    token: str | None = None
-    revision: str | None = None
-    _loaded: dict[DatasetAttr, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    def load(self, attr: DatasetAttr, *, streaming: bool = False) -> Any:
-        """What `datasets` makes of it. A set is asked for once."""
-        if attr not in self._loaded:
-            self._loaded[attr] = self._load(attr, streaming)
-        return self._loaded[attr]
-
-    def files(self, attr: DatasetAttr) -> list[str]:
-        """Where `datasets` keeps its rows on this disk; nowhere, if it holds them in memory."""
-        from datasets import Dataset
-
-        loaded = self.load(attr)
-        return [file["filename"] for file in loaded.cache_files] if isinstance(loaded, Dataset) else []
-
-    def _load(self, attr: DatasetAttr, streaming: bool) -> Any:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        try:
-            return load_dataset(
-                attr.path,
-                name=attr.subset,
-                data_dir=attr.folder,
-                split=attr.split,
-                cache_dir=self.cache_dir,
-                token=self.token,
-                revision=self.revision,
-                streaming=streaming,
-            )
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            raise _cannot_be_loaded(attr, error) from error
 
 
 @dataclass(frozen=True)
@@ -101,10 +61,12 @@ def get_dataset(
     template: EncodesMessages | None,
     *,
     seed: int,
+    order_seed: int | None = None,
     hub: Hub | None = None,
     split_special_tokens: bool = False,
 ) -> Datasets:
-    """Read and encode all that `dataset` and `eval_dataset` name. The same seed sets the same rows aside.
+    """Read and encode all that `dataset` and `eval_dataset` name. The same seed mixes them in the same way and sets the
+    same rows aside; the order of a stream is of `order_seed` (`data_seed`), where that is given.
 
     `template` is for stage sft; pt does without, and takes `split_special_tokens` itself. Raises UserError, with every
     reason, where too many rows are bad or no sample is left.
@@ -119,12 +81,15 @@ def get_dataset(
     parts: dict[str, Items] = {}
     train: SampleStore | StreamedSamples | None = None
     if sets["train"] and args.streaming:
-        aside = list(itertools.islice(all_rows(), int(args.val_size)))
-        train = StreamedSamples(all_rows, encoder, seed=seed, skip=len(aside))
+        aside = _first_rows(all_rows, int(args.val_size), encoder)
+        order_seed = seed if order_seed is None else order_seed
+        train = StreamedSamples(all_rows, encoder, seed=order_seed, skip=len(aside))
         report.note("train: read while training goes on (streaming)")
         parts = {_ASIDE: partial(iter, aside)} if aside else {}
     elif sets["train"]:
-        parts = _split(all_rows, args.val_size, seed) if args.val_size else {"train": all_rows}
+        parts = _split(all_rows, encoder, seed) if args.val_size else {"train": all_rows}
+    if args.val_size and args.mix_strategy == "interleave_over" and len(sets["train"]) > 1:
+        report.note("val_size: a row that interleave_over takes twice may be both trained and evaluated on")
     parts |= _evaluation(sets[_ASIDE], open_items, each=args.eval_on_each_dataset)
 
     folder = None if args.streaming else _token_folder(encoder, sets, hub, seed)
@@ -145,17 +110,39 @@ def _mixing(args: DataArguments) -> tuple[str, Sequence[float] | None]:
     return args.mix_strategy, args.interleave_probs
 
 
-def _split(all_rows: Items, val_size: float, seed: int) -> dict[str, Items]:
+def _split(all_rows: Items, encoder: RowEncoder, seed: int) -> dict[str, Items]:
     """Two parts of the same rows. These are counted when the first of them is wanted: it means reading them once."""
 
     @cache
     def aside() -> np.ndarray:
-        return set_aside(sum(1 for _ in all_rows()), val_size, seed)
+        with _bad_rows_told(all_rows, encoder):
+            return set_aside(sum(1 for _ in all_rows()), encoder.args.val_size, seed)
 
     def rows(*, kept_aside: bool) -> Iterator[Item]:
         return itertools.compress(all_rows(), aside() == kept_aside)
 
     return {"train": partial(rows, kept_aside=False), _ASIDE: partial(rows, kept_aside=True)}
+
+
+def _first_rows(all_rows: Items, number: int, encoder: RowEncoder) -> list[Item]:
+    """Of a stream, whose length nobody knows."""
+    ahead = list(itertools.islice(all_rows(), number + 1)) if number else []
+    if number and len(ahead) <= number:
+        with _bad_rows_told(all_rows, encoder):
+            raise all_set_aside(number, len(ahead))
+    return ahead[:number]
+
+
+@contextmanager
+def _bad_rows_told(all_rows: Items, encoder: RowEncoder) -> Iterator[None]:
+    """Where rows are too few to be split they may be so because they are broken: that is told with it."""
+    try:
+        yield
+    except UserError as error:
+        report = DataReport(hashes=None)
+        for row, attr in itertools.islice(all_rows(), FEW_ROWS):
+            encoder.encode(row, attr, report)
+        raise UserError([*report.problems("bad"), *error.problems]) from error
 
 
 def _evaluation(attrs: Sequence[DatasetAttr], open_items: Any, *, each: bool) -> dict[str, Items]:
@@ -209,7 +196,7 @@ def load_single_dataset(
     def rows() -> Iterator[Row]:
         if attr.load_from == "file":
             return _file_rows(attr.path, report)
-        return _hub_rows(attr, hub.load(attr, streaming=args.streaming))
+        return hub_rows(attr, hub.load(attr, streaming=args.streaming))
 
     drawn = attr.num_samples and not args.streaming
     most = [number for number in (attr.num_samples, args.max_samples) if number]
@@ -238,27 +225,15 @@ def _file_rows(path: str, report: DataReport) -> Iterator[Row]:
     names = files_of_data(path)
     for other in sorted(set(os.listdir(path)) - set(names)):
         if not other.startswith("."):
-            report.note(f"left out: {os.path.join(path, other)} is not a file of data")
+            what = "a folder, whose files are not read" if os.path.isdir(os.path.join(path, other)) else ""
+            report.note(f"left out: {os.path.join(path, other)} is {what or 'not a file of data'}")
     for name in names:
-        yield from read_rows(os.path.join(path, name))
-
-
-def _hub_rows(attr: DatasetAttr, loaded: Any) -> Iterator[Row]:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        for number, row in enumerate(loaded, 1):
-            yield Row(without_nulls(dict(row)), f"{attr.path}:{number}")
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise _cannot_be_loaded(attr, error) from error
-
-
-def _cannot_be_loaded(attr: DatasetAttr, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    remedy = "check its name, subset and split, and the connection; or download it and name the folder"
-    if "script" in reason:
-        remedy = "datasets no longer runs scripts: save its rows as parquet or jsonl, and name that file"
-    return UserError(Problem("data", attr.name, attr.path, f"cannot be loaded: {reason}", remedy))
+        is_empty = True
+        for row in read_rows(os.path.join(path, name)):
+            is_empty = False
+            yield row
+        if is_empty:
+            report.note(f"holds no rows: {os.path.join(path, name)}")
 
 
 def _items(
@@ -279,17 +254,14 @@ def _items(
 
 def _settled(attr: DatasetAttr, first: dict[str, Any], stage: str, report: DataReport) -> DatasetAttr:
     if attr.formatting == "auto":
-        try:
-            attr = detect_formatting(first, attr)
-        except BadRow as error:
-            raise UserError(Problem(attr.path, "", None, f"has a first row whose {error}", "mend it")) from error
+        attr = detect_formatting(first, attr)
     if stage == "pt" and attr.formatting != "alpaca":
         message = "holds conversations, and stage pt trains on texts"
         raise UserError(Problem(attr.path, "", None, message, "use stage sft, or rows with a column text"))
     if stage == "sft" and attr.formatting == "alpaca" and not attr.columns.response:
         message = "names columns, but none with answers"
         raise UserError(Problem(attr.path, "columns.response", None, message, "name it in dataset_info.json"))
-    unread = sorted(str(column) for column in set(first) - columns_read(attr, stage))
+    unread = sorted(str(column) or "''" for column in set(first) - columns_read(attr, stage))
     if unread:
         report.note(f"columns that are not read: {', '.join(unread)} ({attr.name})")
     return attr
@@ -299,7 +271,7 @@ def _in_memory(name: str, items: Iterator[Item], encoder: RowEncoder, report: Da
     stores = list(encode_items(items, encoder, report))
     if encoder.frame:  # documents → rows
         documents = itertools.chain.from_iterable(stores)
-        rows = list(join_documents(documents, encoder.args.cutoff_len))
+        rows = list(encoder.joined(documents))
         if rows and len(rows[-1]) == 1:
             report.add("dropped", ONE_TOKEN, rows.pop().place)
         store = SampleStore.from_samples(rows)
@@ -317,10 +289,4 @@ def _short_name(attr: DatasetAttr) -> str:
 def _check_not_empty(parts: dict[str, SampleStore | StreamedSamples | None], report: DataReport) -> None:
     empty = [name for name, part in parts.items() if isinstance(part, SampleStore) and not len(part)]
     if empty:
-        why = [
-            Problem(tally.first, "", None, f"dropped: {reason} ({tally.count:,} samples)")
-            for reason, tally in report.dropped.items()
-        ]
-        raise UserError(
-            [*why, Problem("data", empty[0], None, "has no sample left", "raise cutoff_len or give more rows")]
-        )
+        raise NothingLeft(empty[0], report)

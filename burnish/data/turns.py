@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from burnish.data.entry import DatasetAttr
-from burnish.data.values import BadRow, filled, json_list, kind_of, parsed, text_of
+from burnish.data.values import BadRow, filled, it_has, json_list, kind_of, parsed, text_of
 from burnish.types import Message
 
 FUNCTION_CALL = "function_call"  # a role of its own in sharegpt's files
@@ -23,10 +23,12 @@ _THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
 
 def sharegpt_turn(turn: dict[str, Any], attr: DatasetAttr) -> Message:
     role = _role(turn, attr)
+    may_be_empty = role in ("tool", "system")
+    if attr.tags.content_tag not in turn and not may_be_empty:
+        raise _no_key(turn, attr.tags.content_tag)
     text = text_of(turn.get(attr.tags.content_tag), f"a turn's {attr.tags.content_tag}")
     if role == FUNCTION_CALL:
         return _with_weight(_function_call(text), turn)
-    may_be_empty = role in ("tool", "system")
     return _with_weight(Message(role=role, content=text if may_be_empty else filled(text, f"{role} turn")), turn)
 
 
@@ -41,6 +43,8 @@ def openai_turn(turn: dict[str, Any], attr: DatasetAttr) -> Message:
     if calls and role != "assistant":
         raise BadRow(f"a {role} turn holds tool calls")
     if not calls and role in ("user", "assistant"):
+        if attr.tags.content_tag not in turn:
+            raise _no_key(turn, attr.tags.content_tag)
         filled(content, f"{role} turn")
     message = Message(role=role, content=content if role == "assistant" else content or "")
     if calls:
@@ -82,10 +86,14 @@ def _role(turn: dict[str, Any], attr: DatasetAttr) -> str:
         roles = {"developer": "system", "function": "tool", **roles}
     word = turn.get(tags.role_tag)
     if word is None:
-        raise BadRow(f"a turn has no {tags.role_tag!r}")
+        raise _no_key(turn, tags.role_tag)
     if not isinstance(word, str) or word not in roles:
-        raise BadRow(f"has a turn of unknown role {word!r}")
+        raise BadRow(f"has a turn of unknown role {str(word)[:40]!r} (known: {', '.join(roles)})")
     return roles[word]
+
+
+def _no_key(turn: dict[str, Any], key: str) -> BadRow:
+    return BadRow(f"a turn has no {key!r}{it_has(turn, key)}")
 
 
 def _function_call(text: str) -> Message:

@@ -1,7 +1,7 @@
 """Rows → samples, on all cores where there are many rows. Order is kept; what was counted on the way comes back too.
 
 Rows are read here and handed to workers a chunk at a time, no faster than samples come back, so that a set of any size
-needs the memory of a few chunks. Reading is a fortieth of the work: one process can feed some forty.
+needs the memory of a few chunks. Reading and writing are a twelfth of the work: one process can feed some twelve.
 Workers are forked, so that they see tokenizer and template without a copy, and they hand back flat arrays. They
 do nothing that a fork after threads could upset: no torch, no Arrow, and tokenizers without its own threads.
 """
@@ -27,7 +27,7 @@ from hashlib import blake2b
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from burnish.data.encode import DocumentFrame, Outcome, encode_pt, encode_sft
+from burnish.data.encode import DocumentFrame, Outcome, encode_pt, encode_sft, join_documents
 from burnish.data.entry import DatasetAttr
 from burnish.data.formats import align_dataset
 from burnish.data.report import DataReport
@@ -78,6 +78,12 @@ class RowEncoder:
                 report.add(kind, reason, row.place)
         return outcome.samples
 
+    def joined(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Rows of `cutoff_len` made of documents in stage pt; samples of conversations stay as they are."""
+        if not self.frame:
+            return iter(samples)
+        return join_documents(samples, self.args.cutoff_len, apart=not self.args.cross_document_attention)
+
     def _encode(self, value: dict[str, Any], place: str, attr: DatasetAttr) -> Outcome:
         example = align_dataset(value, attr, stage=self.stage, place=place)
         if self.frame:
@@ -89,11 +95,13 @@ class RowEncoder:
             raise BadRow(str(error)) from error
 
 
+_as_text = json.JSONEncoder(sort_keys=True, default=str).encode
+
+
 def _add_hash(value: dict[str, Any], report: DataReport) -> None:
     if report.hashes is None:
         return
-    text = json.dumps(value, sort_keys=True, default=str)
-    report.hashes.append(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
+    report.hashes.append(int.from_bytes(blake2b(_as_text(value).encode(), digest_size=8).digest(), "little"))
 
 
 def encode_items(items: Iterable[Item], encoder: RowEncoder, report: DataReport) -> Generator[SampleStore]:

@@ -114,7 +114,7 @@ def test_every_mistake_of_an_entry_is_told_at_once(catalog):
     ("entry", "message"),
     [
         ({"script_url": "x"}, "it.script_url 'x' names a loading script, which datasets no longer runs; save its rows"),
-        ({"ms_hub_url": "x"}, "it.ms_hub_url 'x' is not read from ModelScope yet; download it"),
+        ({"ms_hub_url": "x"}, "it.ms_hub_url 'x' is read by the package modelscope, which is not installed"),
         ({"om_hub_url": "x"}, "it.om_hub_url 'x' is not read from openMind; download it"),
         ({"cloud_file_name": "s3://x"}, "it.cloud_file_name 's3://x' is not read from cloud storage; download it"),
         ({"file_name": "pairs.jsonl", "ranking": True}, "it.ranking True pairs of answers are for stages rm and dpo"),

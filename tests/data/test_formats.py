@@ -170,8 +170,8 @@ CALL = ("function_call", '{"name": "add", "arguments": {}}')
 @pytest.mark.parametrize(
     ("attr", "row", "reason"),
     [
-        (ALPACA, {"output": "b"}, "has no column 'instruction'"),
-        (ALPACA, {"instruction": "a"}, "has no column 'output'"),
+        (ALPACA, {"output": "b"}, "has no column 'instruction' (it has 'output')"),
+        (ALPACA, {"instruction": "a"}, "has no column 'output' (it has 'instruction')"),
         (ALPACA, {"instruction": "a", "output": " \n"}, "output is empty"),
         (ALPACA, {"instruction": "a", "output": None}, "output is empty"),
         (ALPACA, {"instruction": "", "input": "", "output": "b"}, "instruction is empty"),
@@ -188,12 +188,16 @@ CALL = ("function_call", '{"name": "add", "arguments": {}}')
             {"instruction": "a", "output": "b", "tools": [{"type": "function"}]},
             "tools holds a tool without a name",
         ),
-        (SHAREGPT, {"messages": []}, "has no column 'conversations'"),
+        (SHAREGPT, {"messages": []}, "has no column 'conversations' (it has 'messages')"),
         (SHAREGPT, {"conversations": []}, "conversations is empty"),
         (SHAREGPT, {"conversations": {"from": "human"}}, "conversations is an object, not a list"),
         (SHAREGPT, {"conversations": ["hi"]}, "conversations holds a turn that is not an object"),
-        (SHAREGPT, {"conversations": [{"value": "a"}]}, "a turn has no 'from'"),
-        (SHAREGPT, turns(("human", "a"), ("bard", "b")), "has a turn of unknown role 'bard'"),
+        (SHAREGPT, {"conversations": [{"value": "a"}]}, "a turn has no 'from' (it has 'value')"),
+        (
+            SHAREGPT,
+            turns(("human", "a"), ("bard", "b")),
+            "has a turn of unknown role 'bard' (known: human, gpt, observation, function_call, system)",
+        ),
         (SHAREGPT, turns(("human", "a"), ("human", "b")), "roles do not alternate: user after user"),
         (
             SHAREGPT,
@@ -210,7 +214,8 @@ CALL = ("function_call", '{"name": "add", "arguments": {}}')
         (SHAREGPT, turns(("human", "a"), ("function_call", "add(1)")), "a function call is not JSON"),
         (SHAREGPT, turns(("human", "a"), ("function_call", "[]")), "a function call is empty"),
         (SHAREGPT, turns(("human", "a"), ("function_call", '{"arguments": {}}')), "a tool call has no function name"),
-        (OPENAI, {"messages": [user("a"), {"role": "assistant"}]}, "assistant turn is empty"),
+        (OPENAI, {"messages": [user("a"), {"role": "assistant"}]}, "a turn has no 'content' (it has 'role')"),
+        (OPENAI, {"messages": [user("a"), {"role": "assistant", "content": None}]}, "assistant turn is empty"),
         (
             OPENAI,
             {"messages": [user("a"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{a"}]}]},

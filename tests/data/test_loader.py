@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -12,8 +13,19 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from burnish.data.loader import EpochOrder, Share, StreamOrder, collate, make_collate, make_loader, order_of
+from burnish.data.loader import (
+    EpochOrder,
+    Share,
+    StreamOrder,
+    collate,
+    go_on_from,
+    make_collate,
+    make_loader,
+    order_of,
+    position_of,
+)
 from burnish.data.store import SampleStore
+from burnish.errors import UserError
 from burnish.model.head import CausalLoss
 from burnish.model.probe import choose_path
 from burnish.types import IGNORE_INDEX, Sample
@@ -98,7 +110,7 @@ def test_processes_share_every_batch_among_them(of):
 
 def test_processes_share_a_stream_among_them():
     rows = samples(10)
-    seen = [[row.place for row in islice(StreamOrder(Stream(10), 2, Share(rank, 2)), 5)] for rank in range(2)]
+    seen = [[row.place for row in islice(StreamOrder(Stream(10), Share(rank, 2)), 5)] for rank in range(2)]
     assert seen == [[row.place for row in rows[0::2]], [row.place for row in rows[1::2]]]
 
 
@@ -112,6 +124,20 @@ def test_grouped_by_length_a_batch_holds_samples_of_about_one_length_and_the_lon
     assert spread < 0.05 * np.mean([np.ptp(lengths[batch]) for batch in EpochOrder(1001, 4, seed=1)])
     order.set_epoch(1)
     assert list(order) != batches
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_grouped_by_length_an_epoch_is_shared_and_taken_up_again_as_any_other(processes):
+    lengths = np.random.default_rng(1).integers(1, 500, 403)
+    make = partial(EpochOrder, 403, seed=1, strategy="group_by_length", lengths=lengths)
+    alone = list(make(2 * processes))
+    shares = [make(2, share=Share(rank, processes)) for rank in range(processes)]
+    assert [sorted(indices(parts)) for parts in zip(*shares, strict=True)] == [sorted(batch) for batch in alone]
+    drawn = make(2)
+    whole = list(drawn)
+    drawn.set_epoch(0, skip=7)
+    assert list(drawn) == whole[7:] and list(make(2)) == whole
+    assert list(EpochOrder(403, 2, seed=2, strategy="group_by_length", lengths=lengths)) != whole
 
 
 def test_a_loader_groups_a_store_by_its_lengths():
@@ -275,15 +301,26 @@ def test_a_stream_is_begun_again_in_another_order_when_it_ends():
     assert numbers == [1, 2, 3, 2, 3, 1, 3, 1]
 
 
-def test_a_stream_is_taken_up_at_any_batch():
-    whole, resumed = (make_loader(Stream(3), 2, collate, seed=0) for _ in range(2))
-    order_of(whole).set_epoch(0)
-    order_of(resumed).set_epoch(0, skip=3)
-    batches = iter(whole)
-    expected = [next(batches).places for _ in range(6)][3:]
-    again = iter(resumed)
-    assert [next(again).places for _ in range(3)] == expected
-    assert isinstance(order_of(whole), StreamOrder)
+@pytest.mark.parametrize("share", [Share(), Share(0, of=3), Share(1, of=3)])
+@pytest.mark.parametrize("batches_before", [1, 2, 3, 4, 5, 6])
+def test_a_stream_is_taken_up_after_any_batch(batches_before, share):
+    whole, resumed = (make_loader(Stream(4), 2, collate, seed=0, share=share) for _ in range(2))
+    batches, again = iter(whole), iter(resumed)
+    for _ in range(batches_before):
+        next(batches)
+    go_on_from(resumed, position_of(whole))
+    order_of(resumed).set_epoch(0, skip=batches_before)
+    assert [next(again).places for _ in range(7)] == [next(batches).places for _ in range(7)]
+    order_of(resumed).set_epoch(0)
+    assert next(iter(resumed)).places == next(iter(make_loader(Stream(4), 2, collate, seed=0, share=share))).places
+
+
+def test_a_stream_cannot_go_on_in_a_run_that_was_not_streamed():
+    rows = samples(4)
+    plain, streamed = make_loader(rows, 2, collate, seed=0), make_loader(Stream(4), 2, collate, seed=0)
+    go_on_from(plain, position_of(plain))
+    with pytest.raises(UserError, match="streaming cannot go on in a run that was not streamed"):
+        go_on_from(streamed, position_of(plain))
 
 
 def test_an_empty_stream_ends_at_once():

@@ -17,6 +17,7 @@ from burnish.data.encode import DocumentFrame
 from burnish.data.equal_rows import keys_of, repeated, shared
 from burnish.data.preview import About, excerpt, make_preview, round_width, with_first_rows, with_rows_worth_a_look
 from burnish.data.preview_data import look
+from burnish.data.preview_rows import rows_worth_a_look
 from burnish.data.preview_text import preview_lines, visible
 from burnish.data.sources import get_dataset
 from burnish.data.store import SampleStore
@@ -151,6 +152,15 @@ def test_a_page_shows_what_is_rare(see, tokenizer):
     assert any("random" in each for each in tags.values()) and any("shortest" in each for each in tags.values())
 
 
+def test_a_row_that_lost_two_things_is_shown_for_both_by_the_longest_of_its_samples():
+    sample = partial(Sample, place="a.jsonl:1")
+    parts = {"train": SampleStore.from_samples(sample(np.ones(n, np.int32), np.ones(n, np.int32)) for n in (3, 9, 4))}
+    lost = {"cut: oldest turns": "a.jsonl:1", "cut: end of the answer": "a.jsonl:1"}
+    tags = rows_worth_a_look(parts, 3, lost, {}, {}, 42)
+    assert {index for (_, index), why in tags.items() if set(why) & set(lost)} == {1}
+    assert set(lost) <= set(tags["train", 1])
+
+
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 
@@ -227,15 +237,16 @@ def test_data_that_is_refused_is_still_shown_as_far_as_it_can_be(see, tokenizer,
     looked, preview = see([pair(1), "{broken", {"instruction": "a", "output": ""}])
     assert len(looked.parts["train"]) == 1 and "max_bad_rows" in preview.refused[-1]
     reasons = {reason.text: reason for reason in preview.reasons}
-    assert reasons["is not valid JSON"].first == f"{tmp_path}/rows.jsonl:2"
-    assert reasons["is not valid JSON"].excerpt == "{broken"
+    assert reasons["is not valid JSON: a key stands without double quotes"].first == f"{tmp_path}/rows.jsonl:2"
+    assert reasons["is not valid JSON: a key stands without double quotes"].excerpt == "{broken"
     assert "bad row: output is empty: 1 (first: " in text_of(preview)
 
 
 def test_rows_that_leave_nothing_are_told_with_their_reasons(see):
     looked, preview = see([{"instruction": "a", "output": ""}] * 3)
     assert looked.parts == {} and preview.parts == ()
-    assert preview.refused[0].endswith("rows.jsonl:1: output is empty (and 2 more rows with it)")
+    assert "rows.jsonl:1: output is empty (and 2 more rows with it); give it a text" in preview.refused[0]
+    assert looked.report.rows == 3 and preview.reasons[0].count == 3
 
 
 def test_train_is_shown_where_nothing_is_left_for_evaluation(see, tmp_path):
@@ -255,7 +266,7 @@ def test_a_stream_is_looked_at_from_its_beginning(see, tokenizer, monkeypatch):
 def test_a_stream_with_bad_rows_is_refused_with_the_good_ones_shown(see):
     looked, preview = see([*map(pair, range(9)), "{broken"], streaming=True)
     assert len(looked.parts["train"]) == 9 and "max_bad_rows" in preview.refused[-1]
-    assert [reason.text for reason in preview.reasons] == ["is not valid JSON"]
+    assert [reason.text for reason in preview.reasons] == ["is not valid JSON: a key stands without double quotes"]
 
 
 def test_an_excerpt_is_how_the_row_stands_in_its_file(tmp_path):
@@ -264,6 +275,9 @@ def test_an_excerpt_is_how_the_row_stands_in_its_file(tmp_path):
     assert excerpt(f"{tmp_path}/a.jsonl:1") == "one"
     assert excerpt(f"{tmp_path}/a.jsonl:2").startswith("two xx") and len(excerpt(f"{tmp_path}/a.jsonl:2")) == 241
     assert excerpt(f"{tmp_path}/a.json:2").startswith('{"a": 1}')
+    (tmp_path / "b.jsonl").write_bytes("一\n二二".encode("gbk"))
+    (tmp_path / "c.jsonl").write_bytes("一\r二\n三".encode() * 900)
+    assert excerpt(f"{tmp_path}/b.jsonl:2") == "二二" and excerpt(f"{tmp_path}/c.jsonl:2") == "三一\r二"
     assert excerpt(f"{tmp_path}/gone.jsonl:1") == excerpt("name/on-a-hub:3") == ""
 
 

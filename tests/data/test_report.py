@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from burnish.data import report as report_module
 from burnish.data.report import DataReport, first_sample_text
 from burnish.data.store import SampleStore
 from burnish.errors import UserError
@@ -42,14 +43,32 @@ def test_more_bad_rows_stop_the_run_with_every_reason(rows, allowed):
     with pytest.raises(UserError) as caught:
         report(rows, *EMPTY).check(allowed)
     first, second, last = map(str, caught.value.problems)
-    assert first == "x.jsonl:3: output is empty (and 1 more row with it)"
-    assert second == "x.jsonl:5: is not UTF-8"
+    assert first == "x.jsonl:3: output is empty (and 1 more row with it); give it a text, or drop the row"
+    assert second == "x.jsonl:5: is not UTF-8; save the file as UTF-8"
     assert f"max_bad_rows {allowed} is passed: 3 of {rows:,} rows" in last
 
 
 def test_a_missing_column_has_a_remedy_of_its_own():
     with pytest.raises(UserError, match=r"name the columns in dataset_info\.json"):
         report(2, ("has no column 'output'", "x.jsonl:1")).check(0.01)
+
+
+def test_reasons_that_quote_their_rows_are_told_up_to_a_number_and_counted_all():
+    made = report(100, *((f"has a turn of unknown role {n}", f"x.jsonl:{n}") for n in range(90)))
+    assert len(made.bad) == report_module.MOST_REASONS + 1 and made.num_bad == 90
+    assert made.bad[report_module.OTHER].first == f"x.jsonl:{report_module.MOST_REASONS}"
+    other = report(10, ("one more", "y.jsonl:1"))
+    made.merge(other)
+    assert made.bad[report_module.OTHER].count == 90 - report_module.MOST_REASONS + 1
+
+
+def test_a_name_that_no_terminal_takes_is_written_with_escapes():
+    made = report(3, ("is not UTF-8", "\udcd6.jsonl:1"))
+    made.note("columns that are not read: \ud800")
+    assert made.lines()[1:] == [
+        "  bad row: is not UTF-8: 1 (first: \\udcd6.jsonl:1)",
+        "  columns that are not read: \\ud800",
+    ]
 
 
 def test_what_several_processes_counted_adds_up_in_the_order_of_the_rows():

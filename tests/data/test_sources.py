@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from burnish.chat.template import load_template
 from burnish.data.arguments import DataArguments
 from burnish.data.catalog import get_dataset_list
+from burnish.data.loader import collate
 from burnish.data.sources import get_dataset, load_single_dataset
 from burnish.data.store import SampleStore
 from burnish.errors import UserError
@@ -30,9 +32,10 @@ def template(tokenizer):
 def load(tmp_path, tokenizer, template):
     """get_dataset on files of a temporary folder; `seed` and `stage` aside, keywords are DataArguments."""
 
-    def load_dataset(stage="sft", seed=42, **settings):
+    def load_dataset(stage="sft", seed=42, order_seed=None, **settings):
         args = DataArguments(dataset_dir=str(tmp_path), **settings)
-        return get_dataset(args, stage, tokenizer, template if stage == "sft" else None, seed=seed)
+        template_of_stage = template if stage == "sft" else None
+        return get_dataset(args, stage, tokenizer, template_of_stage, seed=seed, order_seed=order_seed)
 
     return load_dataset
 
@@ -72,6 +75,27 @@ def test_54_rows_with_a_fifth_set_aside_are_43_and_11_samples_that_share_no_row(
     assert len(load(dataset=[name], val_size=7.0).eval["eval"]) == 7
 
 
+def test_too_few_rows_to_split_are_told_with_what_is_wrong_with_them(load, tmp_path):
+    name = write(tmp_path / "a.jsonl", [pair(0), {"instruction": "a", "output": ""}, {"instruction": "a"}])
+    for streaming in (False, True):
+        with pytest.raises(UserError) as caught:
+            load(dataset=[name], val_size=5, streaming=streaming)
+        told = [str(problem).removeprefix(f"{tmp_path}/a.jsonl:") for problem in caught.value.problems]
+        assert told[0].startswith("2: output is empty") and told[1].startswith("3: has no column 'output'")
+        assert told[2:] == ["data: val_size 5 would set aside all of 3 rows; give a smaller number, or an eval_dataset"]
+    with pytest.raises(UserError, match=r"val_size 0\.1 would set aside the only row"):
+        load(dataset=[write(tmp_path / "b.jsonl", [pair(0)])], val_size=0.1)
+
+
+def test_the_seed_of_order_moves_no_row_between_training_and_evaluation(load, tmp_path, tokenizer):
+    name = write(tmp_path / "a.jsonl", map(pair, range(30)))
+    made = [load(dataset=[name], val_size=0.2, seed=1, order_seed=order_seed) for order_seed in (None, 2, 3)]
+    assert len({tuple(answers(one.eval["eval"], tokenizer)) for one in made}) == 1
+    how = {"dataset": [name], "streaming": True, "buffer_size": 8}
+    orders = [answers(load(**how, seed=1, order_seed=order_seed).train, tokenizer) for order_seed in (None, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
 def test_sizes_count_rows_before_any_of_them_is_found_to_be_bad(load, tmp_path, tokenizer):
     name = write(tmp_path / "a.jsonl", [pair(0), "{broken", *map(pair, range(1, 9))])
     made = load(dataset=[name], max_samples=4, max_bad_rows=1)
@@ -86,7 +110,7 @@ def test_each_bad_row_is_counted_by_reason_with_its_place_and_the_run_goes_on(lo
     made = load(dataset=[write(tmp_path / "a.jsonl", [*map(pair, range(3)), *bad])], max_bad_rows=4)
     assert {reason: (tally.count, tally.first) for reason, tally in made.report.bad.items()} == {
         "JSON is cut off": (2, f"{tmp_path}/a.jsonl:4"),
-        "has no column 'output'": (1, f"{tmp_path}/a.jsonl:5"),
+        "has no column 'output' (it has 'instruction')": (1, f"{tmp_path}/a.jsonl:5"),
         "output is empty": (1, f"{tmp_path}/a.jsonl:6"),
     }
     assert len(made.train) == 3
@@ -187,6 +211,23 @@ def test_texts_are_joined_into_rows_of_cutoff_len_with_an_end_after_each(load, t
     assert made.report.rows == made.report.kept == 30
 
 
+def test_documents_of_a_row_are_one_text_where_they_may_see_each_other(load, tmp_path, tokenizer):
+    name = write(tmp_path / "a.jsonl", [{"text": f"This is text number {number}."} for number in range(9)])
+    apart, together = (load("pt", dataset=[name], cutoff_len=32, cross_document_attention=on) for on in (False, True))
+    assert (apart.train.input_ids == together.train.input_ids).all()
+    assert len(apart.train[0].documents) > 1
+    for row, same in zip(apart.train, together.train, strict=True):
+        assert same.documents == (len(same),)
+        first = np.cumsum([0, *row.documents[:-1]])
+        assert (row.labels[first] == IGNORE_INDEX).all()
+        assert same.labels.tolist() == [IGNORE_INDEX, *same.input_ids[1:].tolist()]
+    streamed = load("pt", dataset=[name], cutoff_len=32, cross_document_attention=True, streaming=True, buffer_size=1)
+    assert [row.labels.tolist() for row in streamed.train] == [row.labels.tolist() for row in together.train]
+    batch = collate([together.train[0]])
+    assert batch.inputs["cu_seq_lens_q"].tolist() == [0, 32]
+    assert batch.inputs["position_ids"].tolist() == [list(range(32))]
+
+
 def test_a_last_row_of_one_token_is_dropped_and_told(load, tmp_path, tokenizer):
     name = write(tmp_path / "a.jsonl", [{"text": "one two three"}])
     length = len(tokenizer("one two three").input_ids)
@@ -199,8 +240,8 @@ def test_a_last_row_of_one_token_is_dropped_and_told(load, tmp_path, tokenizer):
     [
         ("sft", [], "holds no rows"),
         ("pt", [{"messages": [{"role": "user", "content": "a"}]}], "holds conversations, and stage pt trains on texts"),
-        ("sft", [{"text": "a"}], "has no column 'instruction'"),
-        ("sft", [{"messages": "hi"}], "has a first row whose messages is not JSON"),
+        ("sft", [{"text": "a"}], "is a text without an answer; stage pt trains on texts"),
+        ("sft", [{"messages": "hi"}], r"a.jsonl:1: messages is not JSON"),
     ],
 )
 def test_a_set_that_does_not_fit_the_stage_is_refused(load, tmp_path, stage, rows, message):
@@ -221,7 +262,7 @@ def test_a_run_with_no_sample_left_says_why(load, tmp_path):
     name = write(tmp_path / "a.jsonl", map(pair, range(3)))
     with pytest.raises(UserError) as caught:
         load(dataset=[name], cutoff_len=10)
-    assert "its prompt leaves no room for an answer (3 samples)" in str(caught.value)
+    assert "its prompt leaves no room for an answer (and 2 more samples with it)" in str(caught.value)
     assert "has no sample left" in str(caught.value)
 
 
@@ -253,7 +294,7 @@ def test_a_repository_can_be_streamed(load, tmp_path, tokenizer):
 @pytest.mark.parametrize("entry", [{"split": "test"}, {"hf_hub_url": "nobody/nothing"}, {"subset": "de"}])
 def test_a_repository_that_cannot_be_read_is_no_traceback(load, tmp_path, entry):
     hub(tmp_path, **entry)
-    with pytest.raises(UserError, match=r"data: it '.*' cannot be loaded: .*; check its name"):
+    with pytest.raises(UserError, match=r"data: it '.*' cannot be loaded: .*; (check its name|.* name a folder)"):
         load(dataset=["it"])
 
 
