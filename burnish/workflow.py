@@ -7,6 +7,7 @@ objective and batches, the terminal an engine. This file is where they meet.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from burnish import console, ranks
 from burnish.arguments.parse import for_inference
 from burnish.arguments.settings import Settings
 from burnish.chat.template import ChatTemplate, load_template
+from burnish.data.hub import Hub
 from burnish.data.loader import make_collate
 from burnish.data.packing import pack
 from burnish.data.preview import About, make_preview, with_first_rows, with_rows_worth_a_look
@@ -27,18 +29,19 @@ from burnish.data.preview_data import look
 from burnish.data.preview_page import ROWS_ON_PAGE, make_page
 from burnish.data.preview_text import ROWS_IN_TERMINAL, preview_lines
 from burnish.data.report import first_sample_text
-from burnish.data.sources import Datasets, Hub, get_dataset
+from burnish.data.sources import Datasets, get_dataset
 from burnish.data.store import SampleStore
 from burnish.data.stream import StreamedSamples
 from burnish.environment import quiet_deepspeed
 from burnish.errors import RunStopped, UserError
 from burnish.export.run import Order, export_model
 from burnish.generate.engine import Engine
-from burnish.model.head import CausalLoss
+from burnish.model.compile import compile_blocks
+from burnish.model.head import CausalLoss, unwrap
 from burnish.model.loader import compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
 from burnish.model.positions import check_positions, warn_of_positions
-from burnish.model.probe import ForwardPath, choose_path
+from burnish.model.probe import ForwardPath, choose_path, try_out
 from burnish.model.tokenizer import load_tokenizer
 from burnish.serve.server import open_place, serve
 from burnish.serve.terminal import chat_loop
@@ -51,7 +54,8 @@ from burnish.train.plot import plot_loss
 from burnish.train.start import decide_start
 from burnish.train.trainer import Trainer
 from burnish.tuning.adapter import init_adapter
-from burnish.tuning.fuse import fuse_lora
+from burnish.tuning.blocks import find_blocks
+from burnish.tuning.fuse import fuse_lora, fuse_mlp
 
 Callbacks = Iterable[TrainerCallback | type[TrainerCallback]]
 
@@ -73,7 +77,8 @@ def run_pt(settings: Settings, callbacks: Callbacks = ()) -> None:
         "pt",
         tokenizer,
         None,
-        seed=_data_seed(args),
+        seed=args.seed,
+        order_seed=args.data_seed,
         hub=_hub(settings),
         split_special_tokens=settings.model.split_special_tokens,
     )
@@ -88,7 +93,8 @@ def run_sft(settings: Settings, callbacks: Callbacks = ()) -> None:
     args, resume = _begin(settings)
     tokenizer = load_tokenizer(settings.model)
     template = _load_template(settings, tokenizer)
-    datasets = get_dataset(settings.data, "sft", tokenizer, template, seed=_data_seed(args), hub=_hub(settings))
+    seeds = {"seed": args.seed, "order_seed": args.data_seed}
+    datasets = get_dataset(settings.data, "sft", tokenizer, template, **seeds, hub=_hub(settings))
     if settings.data.packing and isinstance(datasets.train, SampleStore):
         datasets.report.packed = pack(datasets.train.lengths, settings.data.cutoff_len)
     _show(datasets, tokenizer, args)
@@ -109,9 +115,10 @@ def run_preview(settings: Settings, *, page: Path | None = None, rows: int | Non
     if stage == "pt" and data.template:
         console.warn("template is not used in stage pt: a text is learned as it stands")
     warn_of_positions(settings.model, data.cutoff_len)
-    seed = settings.value("seed") if settings.value("data_seed") is None else settings.value("data_seed")
+    seed = settings.value("seed")
     how = {"hub": _hub(settings), "split_special_tokens": settings.model.split_special_tokens}
-    get = partial(get_dataset, stage=stage, tokenizer=tokenizer, template=template, seed=seed, **how)
+    how |= {"seed": seed, "order_seed": settings.value("data_seed")}
+    get = partial(get_dataset, stage=stage, tokenizer=tokenizer, template=template, **how)
     looked = look(get, data, rows=rows or 0)
     preview = make_preview(looked, tokenizer, About.of(settings, template.name if template else None))
     first = with_first_rows(preview, looked, tokenizer, rows or ROWS_IN_TERMINAL)
@@ -215,10 +222,6 @@ def _hub(settings: Settings) -> Hub:
     return Hub(settings.model.cache_dir, settings.model.hf_hub_token)
 
 
-def _data_seed(args: Any) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
-
-
 def _show(datasets: Datasets, tokenizer: Any, args: Any) -> None:
     """What was kept, cut and dropped, and the first sample as the model sees it."""
     if datasets.eval and not args.do_eval and args.eval_strategy == "no":
@@ -248,7 +251,25 @@ def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[A
     if on:
         enable_gradient_checkpointing(model, details)
     console.say(f"{parameter_table(model)}; {path}")
+    _compile(model, path, args)
     return model, path
+
+
+def _compile(model: Any, path: ForwardPath, args: Any) -> None:
+    """Block by block, where it was asked for, or left open on a GPU."""
+    wanted = args.device.type == "cuda" if args.compile_blocks is None else args.compile_blocks
+    if not wanted:
+        return
+    started = time.monotonic()
+    if stage_of(args):
+        why = "DeepSpeed divides the model"
+    elif not path.padding_free:
+        why = "padded batches"
+    else:
+        if args.device.type == "cuda":
+            fuse_mlp(model)
+        why = compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model))
+    console.say(f"blocks are not compiled: {why}" if why else f"blocks compiled in {time.monotonic() - started:.0f} s")
 
 
 def _why_padded(settings: Settings) -> str:
@@ -287,6 +308,7 @@ def _make_trainer(
         callbacks=[*own, *callbacks],
         loraplus_lr_ratio=tuning.loraplus_lr_ratio,
         count_correct=tuning.compute_accuracy,
+        micro_batch_tokens=args.micro_batch_tokens,
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
     )
 
@@ -311,7 +333,7 @@ def _run(settings: Settings, trainer: Trainer, resume: Path | None) -> None:
             peers.from_main(lambda: checkpoint.clear_later(folder, resume))
         result = trainer.train(resume)
         if isinstance(trainer.train_dataset, StreamedSamples):
-            for line in trainer.train_dataset.report.lines():
+            for line in trainer.train_dataset.known.lines():
                 console.say(line)
         trainer.save_model()
         if ranks.is_main():

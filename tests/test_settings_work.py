@@ -133,7 +133,7 @@ def test_a_hub_is_asked_with_the_cache_the_revision_and_the_token_that_are_given
         (str(tmp_path / "cache"), "secret")
     }
     assert {how["revision"] for how in asked["model"]} == {"v2"}
-    assert [(how["name"], how["revision"]) for how in asked["rows"]] == [("team/rows", None)]  # it is the model's
+    assert [(how["name"], how.get("revision")) for how in asked["rows"]] == [("team/rows", None)]  # it is the model's
 
 
 # ---- what the rows become --------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ def _names(text: str, reason: str, remedy: str) -> dict[str, tuple[str, str]]:
 OFF_VALUES = {"", "false", "no", "none", "null", "0", "0.0", "[]", "{}"}
 REFUSED: dict[str, tuple[str, str]] = {
     **_names("pure_bf16", "is not built yet", "use bf16: true"),
-    **_names("cross_document_attention", "is not built yet", "leave it out; documents do not see each other"),
     **_names(
         "quantization_bit quantization_method quantization_type double_quantization quantization_device_map",
         "is not built yet",
@@ -31,7 +30,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     **_names(" ".join(OF_EXPORT), "is not built yet", "leave it out; the weights are exported in their own dtype"),
     **_names("eval_num_beams", "is not built yet", "ask the tuned model with burnish chat, and set num_beams"),
     **_names("master_addr master_port", "is said to the launcher", "set MASTER_ADDR and MASTER_PORT"),
-    **_names("base_dtype micro_batch_tokens", "is not built yet", "leave it out"),
+    **_names("base_dtype", "is not built yet", "leave it out"),
     **_names("split_batches", "is not built", "divide per_device_train_batch_size by the number of processes"),
     **_names(
         """pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight

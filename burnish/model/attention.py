@@ -11,12 +11,13 @@ What it cannot do (softcap, sinks, masks ...) it refuses by raising `Unsupported
 
 from __future__ import annotations
 
-from functools import cache
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 ATTENTION_NAME = "burnish"
 
@@ -26,6 +27,10 @@ HARMLESS = frozenset(
      "is_causal", "num_items_in_batch", "cu_seq_lens_k", "max_length_k", "position_embeddings", "past_key_values",
      "output_router_logits"}
 )  # fmt: skip
+
+
+# torch 2.11's varlen_attn groups heads by itself; later ones want to be told.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class UnsupportedAttention(ValueError):
@@ -103,27 +108,15 @@ def _varlen(
     sliding_window: int | None,
 ) -> Tensor:
     """torch.nn.attention.varlen over [T, heads, head_dim]; causal is the window (-1, 0)."""
-    from torch.nn.attention.varlen import varlen_attn
-
     if max_length is None:
         raise UnsupportedAttention("no max_length: reading it off cu_seq_lens would stop the device in every layer")
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
-    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and _varlen_takes("enable_gqa") else {}
+    grouped = GROUPED if q.shape[1] != k.shape[1] else {}
     attended: Any = varlen_attn(
         q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window, **grouped
     )
     return attended[None]  # [1, T, heads, head_dim]
-
-
-@cache
-def _varlen_takes(name: str) -> bool:
-    """torch 2.11's varlen_attn groups heads by itself; later ones want to be told (`enable_gqa`)."""
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    return name in inspect.signature(varlen_attn).parameters
 
 
 def _by_document(

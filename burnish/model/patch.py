@@ -36,6 +36,19 @@ def wants_gradient_checkpointing(args: Any) -> tuple[bool, dict[str, Any] | None
     return bool(on), settings
 
 
+def swiglu_layers(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+    """The three layers of a block that computes down(silu(gate(x)) · up(x)), as most families call them; else None.
+
+    Only what they are called is known here, not whether the block computes that.
+    """
+    children = dict(block.named_children())
+    if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    if type(children["act_fn"]).__name__ not in ("SiLU", "SiLUActivation"):
+        return None
+    return children["gate_proj"], children["up_proj"], children["down_proj"]
+
+
 def size_of(parameter: Any) -> int:
     """Elements of a parameter, gathered or not."""
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()

@@ -58,6 +58,24 @@ def choose_path(model: nn.Module, *, keep_padding: str = "") -> ForwardPath:
     return ForwardPath(padding_free, fused, tuple(reasons))
 
 
+def try_out(model: nn.Module) -> None:
+    """One pass forward and backward as training makes them, of eight documents that mean nothing. Leaves no gradients.
+
+    So many tokens that what is compiled for them suits thousands.
+    """
+    inner, training = unwrap(model), model.training
+    ids = torch.randint(0, _vocabulary(model), (1, 2048), generator=_generator()).to(next(inner.parameters()).device)
+    lengths = (301, 211, 256, 256, 200, 300, 400, 124)
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+            hidden = decoder_of(inner)(**packed_inputs(ids, lengths), use_cache=False).last_hidden_state
+            hidden.float().square().mean().backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+
+
 def _padding_free(model: nn.Module, ids: Tensor) -> tuple[bool, str]:
     inner = unwrap(model)
     own_attention = _own_attention(inner)

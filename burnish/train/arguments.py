@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # a loss that is not a number is told, never hidden
     "report_to": ["none"],
     "gradient_checkpointing": None,
+    "torch_compile": None,
 }
 
 _AGAIN = "Compute activations again in the backward pass: less memory, more time. Not given: off."
@@ -35,6 +36,7 @@ OUR_HELP = {
     "gradient_checkpointing_kwargs": "Handed to the model's gradient checkpointing.",
     "activation_checkpointing": "The newer name of gradient_checkpointing.",
     "activation_checkpointing_kwargs": "The newer name of gradient_checkpointing_kwargs.",
+    "torch_compile": "Compile the blocks of the model. Not given: on a GPU, where it can be.",
     "output_dir": "The folder for checkpoints, logs and the tuned model.",
     "do_train": "Train; true unless only do_eval is asked for.",
     "do_eval": "Evaluate at the end.",
@@ -49,6 +51,13 @@ OURS = (
     TransformersField("overwrite_output_dir", bool, False, "Begin anew in an output_dir that holds a run."),
     TransformersField(
         "warmup_ratio", float | None, None, "Share of the steps in which the learning rate rises; see warmup_steps."
+    ),
+    TransformersField(
+        "micro_batch_tokens",
+        str,
+        "auto",
+        "The most tokens of a pass forward and backward; a step may take several. "
+        "auto: as many as a GPU gains from and has the memory for; on the CPU each batch is a pass.",
     ),
     TransformersField("logging_dir", str | None, None, "Folder of TensorBoard's files."),
 )
@@ -68,7 +77,7 @@ HONOURED = frozenset(
     dataloader_persistent_workers dataloader_prefetch_factor
     resume_from_checkpoint include_num_input_tokens_seen log_level log_level_replica
     log_on_each_node train_sampling_strategy deepspeed ddp_backend ddp_timeout ddp_bucket_cap_mb
-    overwrite_output_dir warmup_ratio logging_dir
+    overwrite_output_dir warmup_ratio logging_dir torch_compile micro_batch_tokens
     """)
 )
 
@@ -80,6 +89,7 @@ NOTHING_TO_CHANGE = {
     "ddp_broadcast_buffers": "buffers do not change while a model trains",
     "remove_unused_columns": "a batch holds what the model takes",
     "use_liger_kernel": "the head never holds tokens × vocabulary, whatever this says",
+    "length_column_name": "the lengths of samples are known, no column is asked for them",
     "prediction_loss_only": "evaluation keeps sums, never predictions",
     "enable_jit_checkpoint": "SIGTERM always saves a checkpoint",
 }
@@ -107,12 +117,11 @@ REFUSED: dict[str, tuple[str, str]] = {
     "dataloader_multiprocessing_context": ("is not built", "leave it out; workers are started as torch does"),
     "dataloader_in_order": ("would let the order of rows depend on time", "leave it out"),
     "label_names": ("does nothing", "leave it out; labels are called labels"),
-    "length_column_name": ("is not built yet", "leave it out"),
     "debug": ("is not built", "leave it out; a loss that is not a number is traced to its module anyway"),
     "do_predict": ("is not built yet", "ask the tuned model with burnish chat"),
     "sortish_sampler": ("is not built", "leave it out"),
     **dict.fromkeys(
-        words("torch_compile torch_compile_backend torch_compile_mode"), ("is not built yet", "leave it out")
+        words("torch_compile_backend torch_compile_mode"), ("is not built", "leave it out; torch_compile is inductor's")
     ),
     **dict.fromkeys(
         words("fsdp fsdp_config"),

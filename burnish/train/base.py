@@ -42,6 +42,7 @@ class TrainerFrame:
         callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
         loraplus_lr_ratio: float | None = None,
         count_correct: bool = False,
+        micro_batch_tokens: str = "auto",
         beside_weights: Callable[[Path], None] | None = None,
     ):
         self.objective, self.args, self.collate = objective, args, collate
@@ -49,6 +50,7 @@ class TrainerFrame:
         self.train_dataset, self.pack_to, self.eval_dataset = train_dataset, pack_to, eval_dataset
         self.processing_class, self.beside_weights = processing_class, beside_weights
         self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
+        self.micro_batch_tokens = micro_batch_tokens
         self.device: torch.device = args.device
         self.output_dir = Path(args.output_dir)
         reporters = get_reporting_integration_callbacks(args.report_to)

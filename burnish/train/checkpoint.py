@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import TrainerState
 
 from burnish import ranks
+from burnish.data.loader import go_on_from
 from burnish.errors import Problem, UserError
+from burnish.train.generators import restore_rng, rng_state
 from burnish.train.peers import Peers
 
 if TYPE_CHECKING:
@@ -190,6 +190,8 @@ def _write(trainer: Trainer, folder: Path, to_go_on: bool) -> None:
         "total_loss": trainer.total_loss,
         "last_logged_step": trainer.last_logged_step,
         "epochs_ended": trainer.epochs_ended,
+        "most_tokens": trainer.passes.most_tokens,
+        "stream": trainer.stream_at,
     }
     torch.save({**rng_state(), "loop": loop}, folder / _rng_file(trainer.peers))
 
@@ -218,6 +220,8 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     trainer.total_loss = rng["loop"]["total_loss"]
     trainer.last_logged_step = rng["loop"]["last_logged_step"]
     trainer.epochs_ended = rng["loop"]["epochs_ended"]
+    go_on_from(trainer.train_dataloader, rng["loop"].get("stream"))
+    trainer.passes.remember(rng["loop"]["most_tokens"])
     trainer.last_saved_step = trainer.state.global_step
     _restore_callbacks(trainer)
 
@@ -266,23 +270,3 @@ def _restore_callbacks(trainer: Trainer) -> None:
             values |= saved.get("args", {})
         for name, value in values.items():
             setattr(callback, name, value)
-
-
-def rng_state() -> dict[str, Any]:
-    """Every generator that a training step draws from, in plain types that torch.load reads without pickled code."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])

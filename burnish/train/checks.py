@@ -78,6 +78,7 @@ def _ranges(settings: Settings) -> list[Problem]:
         ddp_timeout=(lambda v: v >= 1, "is not at least 1", "give a number of seconds"),
         ddp_bucket_cap_mb=at_least_1,
         dataloader_num_workers=not_negative,
+        micro_batch_tokens=(lambda v: v == "auto" or (v.isdecimal() and int(v) > 0), "is no number", "16384, or auto"),
         seed=not_negative,
         data_seed=not_negative,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from burnish.model.compile import uncompiled
 from burnish.types import Batch
 
 NOT_AGAIN = "  run again, the same rows gave finite values (dropout or the device's own rounding)"
@@ -28,6 +29,7 @@ class StepRecord:
     epoch: float  # before it
     scheduler: dict[str, Any]  # the learning rate's state before it
     batches: list[Batch]
+    stream: dict[str, Any] | None = None  # where a stream stood before them
 
 
 class FiniteGuard:
@@ -58,7 +60,8 @@ def diagnose(model: nn.Module, record: StepRecord, loss_of: Callable[[Batch], Te
     """Run the step's passes again, one by one, and describe what is not finite in them; "" if nothing is."""
     lines = []
     for batch in record.batches:
-        where = _first_fault(model, lambda batch=batch: loss_of(batch.to(device)))
+        with uncompiled():
+            where = _first_fault(model, lambda batch=batch: loss_of(batch.to(device)))
         if where is not None:
             lines.append(f"  rows {', '.join(batch.places)}: {where}")
     model.zero_grad(set_to_none=True)

@@ -24,7 +24,7 @@ from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from burnish import ranks
-from burnish.data.loader import order_of
+from burnish.data.loader import order_of, position_of
 from burnish.errors import Problem, RunStopped, UserError
 from burnish.model.head import unwrap
 from burnish.model.patch import size_of
@@ -34,6 +34,7 @@ from burnish.train.evaluate import Evaluation
 from burnish.train.interrupt import STOPPING, Interrupt
 from burnish.train.nonfinite import NOT_AGAIN, FiniteGuard, StepRecord, diagnose
 from burnish.train.optimizer import LocalUpdate, create_scheduler, current_learning_rate, steps_on_metric
+from burnish.train.passes import Passes
 from burnish.train.steps import Steps, count_steps
 from burnish.train.weights import load_weights, save_weights
 from burnish.types import Batch
@@ -85,11 +86,14 @@ class Trainer(Evaluation):
         self.last_logged_step = 0
         self.measured = NOT_MEASURED
         self.last_saved_step = -1
+        can_be_cut = self.objective.fused and not self.is_divided
+        self.passes = Passes(self.micro_batch_tokens, self.device, can_be_cut=can_be_cut)
         self.epochs_ended = 0  # those of which callbacks have heard the end
         self._grad_norm: Tensor | None = None
         self._learning_rate = current_learning_rate(self.optimizer)
         self._flops_per_token = 6 * _count_non_embedding(self.model)
         self.state = self.new_state()
+        self.stream_at: dict[str, Any] | None = None  # after the last step
         if resume is not None:
             checkpoint.load_state(self, resume)
         self.state.train_batch_size = self.args.per_device_train_batch_size
@@ -111,6 +115,7 @@ class Trainer(Evaluation):
         self.tell("on_epoch_begin")
         skip = 0 if self.args.ignore_data_skip else steps_done * self.steps.accumulation
         order_of(self.train_dataloader).set_epoch(epoch, skip=skip)
+        self.stream_at = position_of(self.train_dataloader)
         self.objective.train()
         batches = iter(self.train_dataloader)
         for step_of_epoch in range(steps_done, self.steps.per_epoch):
@@ -132,21 +137,20 @@ class Trainer(Evaluation):
         # 1. The whole step's count first: every pass, in every process, is divided by the same number.
         counts = [sum(batch.num_trained for batch in batches), *(batch.num_tokens for batch in batches)]
         num_trained, *num_tokens = self.peers.sums(counts)
-        before = StepRecord(self.state.global_step + 1, self.state.epoch, self.lr_scheduler.state_dict(), batches)
-        step_loss = torch.zeros((), device=self.device)
+        scheduler = self.lr_scheduler.state_dict()
+        before = StepRecord(self.state.global_step + 1, self.state.epoch, scheduler, batches, self.stream_at)
+        self.stream_at = position_of(self.train_dataloader)
 
         # 2. Passes: gradients add up.
         self.tell("on_step_begin")
-        for number, (batch, tokens) in enumerate(zip(batches, num_tokens, strict=True), start=1):
-            step_loss += self.training_step(batch, max(num_trained, 1), last=number == len(batches))
-            self.state.num_input_tokens_seen += tokens
-            self.state.total_flos += self._flops_per_token * tokens
-            if number < len(batches):
-                self.tell("on_substep_end")
-                # Of several processes one alone cannot leave a step: there it is heeded after it.
-                if self.peers.count == 1 and (self.control.should_epoch_stop or self.control.should_training_stop):
-                    self.update.zero_grad()
-                    return
+        one_pass = partial(self.training_step, num_trained=max(num_trained, 1))
+        step_loss = self.passes.run(batches, one_pass, end_batch=self._end_substep, forget=self._forget_passes)
+        if step_loss is None:  # a callback left the step
+            self._forget_passes()
+            self.stream_at = before.stream
+            return
+        self.state.num_input_tokens_seen += sum(num_tokens)
+        self.state.total_flos += self._flops_per_token * sum(num_tokens)
 
         # 3. The update, left out where something is not finite.
         self.peers.add(step_loss)
@@ -169,6 +173,17 @@ class Trainer(Evaluation):
         self._stop_if_not_finite()
         self._maybe_log_save_evaluate()
         self._stop_if_asked_to()
+
+    def _forget_passes(self) -> None:
+        """As if none of the step's passes had been."""
+        self.update.zero_grad()
+        self.model.zero_grad(set_to_none=True)
+
+    def _end_substep(self) -> bool:
+        """After each batch of a step but its last; → whether a callback leaves the step."""
+        self.tell("on_substep_end")
+        # Of several processes one alone cannot leave a step: there it is heeded after it.
+        return self.peers.count == 1 and (self.control.should_epoch_stop or self.control.should_training_stop)
 
     def training_step(self, batch: Batch, num_trained: int, *, last: bool = True) -> Tensor:
         """Forward and backward of one pass; → its share of the step's mean loss, a scalar on the device."""
@@ -216,7 +231,7 @@ class Trainer(Evaluation):
         if record is None:
             return
         details = "\n".join(filter(None, self.peers.gather(self._describe_fault(record)))) or NOT_AGAIN
-        self.state.global_step, self.state.epoch = record.step - 1, record.epoch
+        self.state.global_step, self.state.epoch, self.stream_at = record.step - 1, record.epoch, record.stream
         self.lr_scheduler.load_state_dict(record.scheduler)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

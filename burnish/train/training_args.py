@@ -25,6 +25,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Begin anew in an output_dir that holds a run."}
     )
+    micro_batch_tokens: str = field(default="auto", metadata={"help": "The most tokens of a pass."})
+    compile_blocks: bool | None = None  # torch_compile, of which transformers would set up accelerate
 
     def __post_init__(self) -> None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -57,6 +59,7 @@ def build(values: dict[str, Any], **more: Any) -> TrainingArguments:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)  # where transformers' callback looks
     if ratio := values.pop("warmup_ratio", None):
         values["warmup_steps"] = ratio  # below 1 it is a share
+    values["compile_blocks"] = values.pop("torch_compile", None)
     if values.get("include_num_input_tokens_seen") in ("true", "false"):
         values["include_num_input_tokens_seen"] = values["include_num_input_tokens_seen"] == "true"
     if values.get("save_strategy") == "best":

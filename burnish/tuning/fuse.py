@@ -1,18 +1,22 @@
-"""peft's LoRA layers compute through `kernels/lora_linear.py`. Modules, names and files stay peft's.
+"""peft's LoRA layers compute through `kernels/`. Modules, names and files stay peft's.
 
 Only the plain case is taken over: one active adapter on an unquantized linear layer, no dropout while training, no
 DoRA. Whatever else a layer may be (merged, switched off, several adapters) goes to peft's own forward, at each call.
+A class takes the place of a class, not a function that of each layer's: torch.compile then compiles one for all.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from burnish.kernels.lora_linear import lora_linear
+from burnish.kernels.lora_mlp import LoraWeights, lora_mlp
+from burnish.model.patch import swiglu_layers
+from burnish.model.probe import close
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,18 +25,93 @@ def fuse_lora(model: Model) -> Model:
     """Let every LoRA layer of `model` that can be computed in one operation be so. Changes `model` itself."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear and not any(layer.use_dora.values()):
-            layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+            layer.__class__ = FusedLinear
     return model
 
 
-def _forward(layer: Any, peft_forward: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    plain = not (args or kwargs or layer.disable_adapters or layer.merged) and len(layer.active_adapters) == 1
-    if not plain:
-        return peft_forward(x, *args, **kwargs)
+def fuse_mlp(model: Model) -> Model:
+    """Let every SwiGLU block whose three layers are such LoRA layers be one operation (kernels/lora_mlp.py).
+
+    What a block computes is tried, not read off its name. For a GPU: elsewhere nothing is gained.
+    """
+    fused: dict[type[nn.Module], type[nn.Module]] = {}
+    for module in model.modules():
+        layers, own = swiglu_layers(module), type(module)
+        if layers is None or any(plain_lora(layer) is None for layer in layers):
+            continue
+        if own not in fused:
+            other = type(f"Fused{own.__name__}", (FusedMlp, own), {})
+            fused[own] = other if _computes_the_same(module, other) else own
+        module.__class__ = fused[own]
+    return model
+
+
+def _computes_the_same(module: nn.Module, fused: type[nn.Module]) -> bool:
+    layers = swiglu_layers(module)
+    assert layers is not None
+    first: Any = layers[0]
+    weight, own = first.base_layer.weight, type(module)
+    x = torch.randn(16, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad():
+        expected = module(x)
+        module.__class__ = fused
+        try:
+            return close(module(x), expected, rounding=1e-3 if x.dtype == torch.float32 else 2e-2)
+        finally:
+            module.__class__ = own
+
+
+class PlainLora(NamedTuple):
+    layer: LoraWeights
+    bias: Tensor | None
+    scale: float
+
+
+def plain_lora(layer: Any) -> PlainLora | None:
+    """The weights of a LoRA layer that is no more than x Wᵀ + bias + s·(x Aᵀ)Bᵀ now; else None."""
+    if not isinstance(layer, FusedLinear) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
     name = layer.active_adapters[0]
-    base, a, b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    base: Any = layer.base_layer
+    a: Any = layer.lora_A[name]
+    b: Any = layer.lora_B[name]
     drops = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
-    trains_base = base.weight.requires_grad or (b.bias is not None)
-    if drops or trains_base or not x.dtype == base.weight.dtype == a.weight.dtype:
-        return peft_forward(x)
-    return lora_linear(x, base.weight, base.bias, a.weight, b.weight, layer.scaling[name])
+    if drops or base.weight.requires_grad or b.bias is not None or base.weight.dtype != a.weight.dtype:
+        return None
+    return PlainLora(LoraWeights(base.weight, a.weight, b.weight), base.bias, layer.scaling[name])
+
+
+class FusedLinear(Linear):
+    """peft's LoRA layer with another forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain = plain_lora(self)
+        if args or kwargs or plain is None or x.dtype != plain.layer.weight.dtype:
+            return super().forward(x, *args, **kwargs)
+        weight, a, b = plain.layer
+        return lora_linear(x, weight, plain.bias, a, b, plain.scale)
+
+
+class FusedMlp(nn.Module):
+    """Another forward for a block of gate, up and down; the block's own class stands behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = plain_lora(self.gate_proj), plain_lora(self.up_proj), plain_lora(self.down_proj)
+        if not (gate and up and down) or not _go_together(x, gate, up, down):
+            return super().forward(x)  # type: ignore[misc]
+        return lora_mlp(x, gate.layer, up.layer, down.layer, gate.scale)
+
+
+LARGEST_RANK = 64  # of the fused block: above it the tiles of its kernels do not fit
+
+
+def _go_together(x: Tensor, *layers: PlainLora) -> bool:
+    first = layers[0]
+    rank = first.layer.a.shape[0]
+    return rank <= LARGEST_RANK and all(
+        each.bias is None
+        and each.scale == first.scale
+        and each.layer.a.shape[0] == rank
+        and each.layer.weight.dtype == x.dtype
+        for each in layers
+    )

@@ -7,6 +7,7 @@ Skipped, with the reason, where there is no CUDA device.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,17 @@ from burnish.data.loader import collate
 from burnish.errors import RunStopped
 from burnish.kernels import linear_cross_entropy as head_kernel
 from burnish.kernels import lora_linear as lora_kernel
+from burnish.kernels import lora_mlp as mlp_kernel
 from burnish.model.attention import _by_document, packed_attention
-from burnish.model.head import CausalLoss
-from burnish.model.probe import choose_path
+from burnish.model.compile import compile_blocks
+from burnish.model.head import CausalLoss, unwrap
+from burnish.model.probe import choose_path, try_out
 from burnish.model.qwen import QWenLMHeadModel
 from burnish.model.qwen_config import QWenConfig
 from burnish.train.checkpoint import last_checkpoint
-from burnish.tuning.fuse import fuse_lora
+from burnish.train.passes import AUTO
+from burnish.tuning.blocks import find_blocks
+from burnish.tuning.fuse import fuse_lora, fuse_mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = "cuda"
@@ -87,6 +92,103 @@ def test_kernels_give_what_their_references_give_in_float64(dtype, rounding):
     assert distance(out, ref) < rounding
     for low, high in zip((x, a, b), exact_parts, strict=True):
         assert distance(low.grad, high.grad) < rounding
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows, vocabulary", [(1, 97), (300, 5003), (2049, 151_936)])
+def test_the_heads_kernel_gives_losses_hits_and_gradients_of_plain_torch(rows, vocabulary, dtype, rounding, smoothing):
+    torch.manual_seed(0)
+    logits = (torch.randn(rows, vocabulary, device=DEVICE) * 3).to(dtype)
+    targets = torch.randint(0, vocabulary, (rows,), device=DEVICE)
+    targets[::2] = logits[::2].argmax(-1)
+    losses, hits, grad = head_kernel._tile_loss(logits.clone(), targets, smoothing, needs_grad=True, counts=True)
+    ours, our_hits, our_grad = head_kernel._tile_loss_on_gpu(logits, targets, smoothing, needs_grad=True, counts=True)
+    assert distance(ours, losses) < 1e-5 and torch.equal(our_hits.bool(), hits)
+    assert our_grad is logits and distance(our_grad, grad) < rounding
+    logits = torch.full_like(logits, float("nan"))
+    assert not torch.isfinite(
+        head_kernel._tile_loss_on_gpu(logits, targets, smoothing, needs_grad=False, counts=False)[0]
+    ).any()
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows, hidden, wide, rank", [(1, 64, 96, 8), (77, 64, 200, 3), (1000, 512, 1408, 64)])
+def test_the_swiglu_block_gives_what_its_layers_give_in_float64(rows, hidden, wide, rank, dtype, rounding):
+    torch.manual_seed(0)
+
+    def draw(*shape):
+        return (torch.randn(*shape, device=DEVICE) / shape[-1] ** 0.5).to(dtype)
+
+    shapes = [(wide, hidden), (wide, hidden), (hidden, wide)]
+    layers = [mlp_kernel.LoraWeights(draw(n, k), draw(rank, k), draw(n, rank)) for n, k in shapes]
+    x = torch.randn(rows, hidden, device=DEVICE).to(dtype)
+    results = []
+    for function, cast in ((mlp_kernel.lora_mlp, dtype), (mlp_kernel.reference, torch.float64)):
+        own = [mlp_kernel.LoraWeights(*(part.to(cast).clone() for part in layer)) for layer in layers]
+        leaves = [x.to(cast).clone(), *(part for layer in own for part in layer[1:])]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        out = function(leaves[0], *own, 2.0)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert max(distance(a, b) for a, b in zip(*results, strict=True)) < rounding
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_compiled_blocks_give_the_gradients_of_plain_ones(method, dtype, rounding):
+    found = []
+    for fast in (False, True):
+        model = small_model("llama", dtype=dtype, head_dim=16).to(DEVICE)
+        if method == "lora":
+            config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, config, autocast_adapter_dtype=False)
+            torch.manual_seed(1)
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(weight, std=0.1)
+        model.train()
+        assert choose_path(model).padding_free
+        if fast:
+            fuse_mlp(fuse_lora(model))
+            torch._dynamo.utils.counters.clear()
+            assert compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model)) == ""
+            assert not torch._dynamo.utils.counters["graph_break"]
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # with and without ∂x of the first block
+        losses = []
+        for count in (1, 5, 9):
+            loss = CausalLoss(model, fused=True)(collate(samples(count, seed=count)).to(torch.device(DEVICE))).loss
+            loss.backward()
+            losses.append(loss.item())
+        gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        found.append((losses, gradient))
+    assert found[1][0] == pytest.approx(found[0][0], rel=rounding)
+    for name, value in found[0][1].items():
+        assert distance(found[1][1][name], value) < 3 * rounding, name
+
+
+def test_a_step_that_does_not_fit_into_memory_is_run_again_in_smaller_passes(tmp_path):
+    """With room for less than half of what the passes took, the losses are those of a device with room for all."""
+    total, found = torch.cuda.get_device_properties(0).total_memory, []
+    for allowed in (None, 0.45):
+        model = small_model(dtype=torch.bfloat16, head_dim=16, num_hidden_layers=8, intermediate_size=4096).to(DEVICE)
+        run = trainer(
+            model, on_device(tmp_path, per_device_train_batch_size=100, max_steps=3), samples(300, longest=300)
+        )
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        if allowed:
+            torch.cuda.set_per_process_memory_fraction((before + allowed * found[0][1]) / total)
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            run.train()
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        found.append((losses, torch.cuda.max_memory_allocated() - before))
+        assert (run.passes.most_tokens < AUTO) == bool(allowed)
+        del run, model
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])

@@ -27,6 +27,7 @@ from transformers import Trainer as TransformersTrainer
 
 from burnish.errors import UserError
 from burnish.train import checkpoint, optimizer
+from burnish.train.generators import restore_rng, rng_state
 from burnish.train.logs import LogCallback
 
 WHOLE = {
@@ -369,10 +370,10 @@ def test_a_bf16_runs_masters_are_saved_and_taken_up(tmp_path):
 
 def test_all_random_numbers_go_on_where_they_were():
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    state = checkpoint.rng_state()
+    state = rng_state()
     expected = random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
     random.seed(4), np.random.seed(4), torch.manual_seed(4)
-    checkpoint.restore_rng(state)
+    restore_rng(state)
     assert (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()) == expected
 
 

@@ -1,0 +1,42 @@
+"""torch.compile, one block at a time.
+
+The blocks of a model run the same code on other weights, so what is compiled for the first serves all: seconds, where
+compiling the whole model takes minutes. Every length is dynamic, so no batch needs padding to a size that is known.
+Norms, rotary positions, activations and additions fuse into few passes over memory; matrix products, attention and
+LoRA stay the kernels they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> str:
+    """Let each block be compiled, and `try_out` run them; → why they were left as they are, or "".
+
+    Names, weights and hooks of the blocks stay as they were.
+    """
+    blocks = list(blocks)
+    for block in blocks:
+        block.compile(dynamic=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's compiler about itself
+            try_out()
+    except Exception as error:  # no compiler for the kernels, code that cannot be traced: what a model raises
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch._dynamo.reset()
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within it blocks run as they are written: compiled code does not call hooks."""
+    return torch.compiler.set_stance("force_eager")

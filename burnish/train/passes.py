@@ -1,0 +1,198 @@
+"""How the rows of one optimizer step are cut into passes forward and backward.
+
+    batch size 2, accumulation 2      [a b] [c d]        what a step is: callbacks and counts follow it
+    passes of at most T tokens        [a b c] [d]        how it is computed: the gradient is the same sum
+
+A pass costs as much time to begin as some thousand tokens to compute, so there are as few as memory allows. Documents
+are never cut. Only samples laid end to end can be cut anew: padded batches stay as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from burnish import console
+from burnish.errors import RunStopped
+from burnish.train.generators import restore_rng, rng_state
+from burnish.types import Batch
+
+# Beyond this many tokens a pass of a GPU gets no faster, only larger (benchmarks/gpu/README.md).
+AUTO = 16_384
+
+
+class Passes:
+    """Runs the passes of each step, and remembers how many tokens one may hold."""
+
+    def __init__(self, asked: str, device: torch.device, *, can_be_cut: bool):
+        """`asked`: micro_batch_tokens, a number or auto."""
+        self._is_auto, self._on_gpu, self._can_be_cut = asked == "auto", device.type == "cuda", can_be_cut
+        self.most_tokens: int | None = None  # None: the batches are the passes
+        if self._is_auto:
+            self.most_tokens = AUTO if self._on_gpu and can_be_cut else None
+        elif can_be_cut:
+            self.most_tokens = int(asked)
+        else:
+            console.warn("micro_batch_tokens is not used: DeepSpeed, or a loss that is a mean, wants whole batches")
+
+    def run(
+        self,
+        batches: list[Batch],
+        one_pass: Callable[..., Tensor],
+        *,
+        end_batch: Callable[[], bool],
+        forget: Callable[[], None],
+    ) -> Tensor | None:
+        """`one_pass(batch, last=…)` for each pass of a step; → the sum of what it gives.
+
+        `end_batch` is called once for each batch but the last, when all of its rows are done: True leaves the step, and
+        None is given. Where a GPU's memory does not suffice, `forget` undoes the passes and the whole step is run
+        again, from the same state of the generators, in smaller ones.
+        """
+        generators = rng_state() if self._on_gpu else {}
+        ends = _Ends(batches, end_batch)
+        while True:
+            try:
+                return self._run(cut(batches, self.most_tokens), one_pass, ends)
+            except torch.OutOfMemoryError as error:
+                smaller = self._smaller(batches)
+                if smaller is None:
+                    raise RunStopped(_too_large(error), 1) from None
+            # Here, and not above: while the error is handled it holds the tensors of the pass that failed.
+            forget()
+            gc.collect()
+            torch.cuda.empty_cache()
+            restore_rng(generators)
+            console.warn(f"out of memory: from here on passes of at most {smaller:,} tokens, with the same gradients")
+            self.most_tokens = smaller
+
+    def _run(self, passes: list[Batch], one_pass: Callable[..., Tensor], ends: _Ends) -> Tensor | None:
+        total: Tensor | None = None
+        done = 0
+        for number, each in enumerate(passes, start=1):
+            loss = one_pass(each, last=number == len(passes))
+            total = loss if total is None else total + loss
+            done += each.labels.numel()
+            if ends.left_after(done):
+                return None
+        return total
+
+    def _smaller(self, batches: list[Batch]) -> int | None:
+        """Half the tokens of the largest pass; None where documents cannot be parted further."""
+        if not (self._can_be_cut and _are_end_to_end(batches)):
+            return None
+        largest = max(each.labels.numel() for each in cut(batches, self.most_tokens))
+        longest = max(int(batch.inputs["max_length_q"]) for batch in batches)
+        return max(largest // 2, longest) if largest > longest else None
+
+    def remember(self, most_tokens: int | None) -> None:
+        """What fitted into memory before this run was resumed."""
+        if self._is_auto and self.most_tokens and most_tokens:
+            self.most_tokens = min(self.most_tokens, most_tokens)
+
+
+class _Ends:
+    """Tells, once, of each batch but the last that all of its tokens are done."""
+
+    def __init__(self, batches: Sequence[Batch], end_batch: Callable[[], bool]):
+        self._waiting = list(accumulate(batch.labels.numel() for batch in batches))[:-1]
+        self._end_batch = end_batch
+
+    def left_after(self, tokens: int) -> bool:
+        while self._waiting and self._waiting[0] <= tokens:
+            del self._waiting[0]
+            if self._end_batch():
+                return True
+        return False
+
+
+def _too_large(error: torch.OutOfMemoryError) -> str:
+    reason = str(error).split(". ")[0]
+    return (
+        f"{reason}.\nThe rows of a pass cannot be parted further. Lower --cutoff_len (--per_device_train_batch_size "
+        "where batches are padded or DeepSpeed divides the model) or set --gradient_checkpointing true."
+    )
+
+
+def _are_end_to_end(batches: Sequence[Batch]) -> bool:
+    return all("cu_seq_lens_q" in batch.inputs for batch in batches)
+
+
+def cut(batches: Sequence[Batch], most_tokens: int | None) -> list[Batch]:
+    """The documents of `batches`, in their order, in passes of at most `most_tokens`; a longer document is alone.
+
+    None, or padding in the batches: they are the passes.
+    """
+    if most_tokens is None or not _are_end_to_end(batches):
+        return list(batches)
+    whole = batches[0] if len(batches) == 1 else join(batches)
+    borders = whole.inputs["cu_seq_lens_q"].tolist()
+    if borders[-1] <= most_tokens:
+        return [whole]
+    passes, first = [], 0
+    for last in range(1, len(borders)):
+        if last + 1 == len(borders) or borders[last + 1] - borders[first] > most_tokens:
+            passes.append(_documents(whole, first, last))
+            first = last
+    return passes
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches laid end to end as one."""
+    lengths = [batch.labels.shape[1] for batch in batches]
+    starts = [sum(lengths[:number]) for number in range(len(batches))]
+    borders = [batch.inputs["cu_seq_lens_q"][1:] + start for batch, start in zip(batches, starts, strict=True)]
+    cu_seq_lens = torch.cat([torch.zeros(1, dtype=torch.int32), *borders])
+    longest = max(batch.inputs["max_length_q"] for batch in batches)
+    return Batch(
+        inputs=_inputs(
+            torch.cat([batch.inputs["input_ids"] for batch in batches], dim=1),
+            torch.cat([batch.inputs["position_ids"] for batch in batches], dim=1),
+            cu_seq_lens.to(torch.int32),
+            longest,
+        ),
+        labels=torch.cat([batch.labels for batch in batches], dim=1),
+        trained_at=torch.cat([batch.trained_at + start for batch, start in zip(batches, starts, strict=True)]),
+        targets=torch.cat([batch.targets for batch in batches]),
+        num_trained=sum(batch.num_trained for batch in batches),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        places=tuple(place for batch in batches for place in batch.places),
+    )
+
+
+def _documents(whole: Batch, first: int, last: int) -> Batch:
+    """Documents `first` up to `last` of a batch, as a batch."""
+    cu_seq_lens = whole.inputs["cu_seq_lens_q"][first : last + 1]
+    start, end = int(cu_seq_lens[0]), int(cu_seq_lens[-1])
+    tokens = slice(start, end)
+    trained = slice(*torch.searchsorted(whole.trained_at, torch.tensor([start, end])).tolist())
+    has_place_of_each = len(whole.places) == len(whole.inputs["cu_seq_lens_q"]) - 1
+    return Batch(
+        inputs=_inputs(
+            whole.inputs["input_ids"][:, tokens],
+            whole.inputs["position_ids"][:, tokens],
+            cu_seq_lens - start,
+            int(cu_seq_lens.diff().max()),
+        ),
+        labels=whole.labels[:, tokens],
+        trained_at=whole.trained_at[trained] - start,
+        targets=whole.targets[trained],
+        num_trained=trained.stop - trained.start,
+        num_tokens=end - start,
+        places=whole.places[first:last] if has_place_of_each else whole.places,
+    )
+
+
+def _inputs(input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, longest: int) -> dict[str, Tensor | int]:
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

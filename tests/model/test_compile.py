@@ -1,0 +1,150 @@
+"""Compiled blocks: the same numbers, the same names, and a model that cannot be compiled is left as it is."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from processes import make_run
+from small import arguments, samples, small_model, trainer
+
+from burnish.cli import main
+from burnish.data.loader import collate
+from burnish.errors import RunStopped
+from burnish.model.attention import ATTENTION_NAME
+from burnish.model.compile import compile_blocks
+from burnish.model.head import CausalLoss, unwrap
+from burnish.model.probe import choose_path, try_out
+from burnish.tuning.blocks import find_blocks
+from burnish.tuning.fuse import FusedMlp, fuse_lora, fuse_mlp
+
+pytestmark = pytest.mark.slow
+
+
+def adapted(num_hidden_layers=3, **config):
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | config
+    base = small_model("llama", num_hidden_layers=num_hidden_layers)
+    model = get_peft_model(base, LoraConfig(**settings), autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return fuse_lora(model).train()
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = CausalLoss(model, fused=True)(batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compiled(model):
+    if unwrap(model).config._attn_implementation != ATTENTION_NAME:
+        assert choose_path(model).padding_free
+    why = compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model))
+    assert why == ""
+    return model
+
+
+@pytest.mark.parametrize("make", [adapted, lambda: small_model("qwen3")], ids=["lora", "full"])
+def test_compiled_blocks_give_the_same_loss_and_gradients_at_every_length(make):
+    plain, fast = make(), make()
+    choose_path(plain)
+    names = list(fast.state_dict())
+    compiled(fast)
+    assert list(fast.state_dict()) == names
+    assert all(p.grad is None for p in fast.parameters())
+    for count in (1, 3, 8):
+        batch = collate(samples(count, seed=count))
+        (loss, wanted), (other, got) = loss_and_gradients(plain, batch), loss_and_gradients(fast, batch)
+        assert other == pytest.approx(loss, rel=1e-6) and got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert (got[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def test_all_blocks_share_what_is_compiled_once():
+    counts = []
+    for blocks in (2, 3):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled(adapted(num_hidden_layers=blocks))
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_swiglu_block_is_one_operation_with_the_same_result():
+    plain, fused = adapted(), fuse_mlp(adapted())
+    choose_path(plain), choose_path(fused)
+    blocks = [module for module in fused.modules() if isinstance(module, FusedMlp)]
+    assert len(blocks) == 3 and len({type(block) for block in blocks}) == 1
+    batch = collate(samples(4))
+    (loss, wanted), (other, got) = loss_and_gradients(plain, batch), loss_and_gradients(fused, batch)
+    assert other == pytest.approx(loss, rel=1e-6) and got.keys() == wanted.keys()
+    assert all((got[name] - value).norm() <= 1e-5 * value.norm() for name, value in wanted.items())
+
+
+@pytest.mark.parametrize(
+    "config", [{"lora_dropout": 0.5}, {"use_dora": True}, {"target_modules": ["up_proj"]}], ids=str
+)
+def test_other_adapters_leave_the_block_as_it_is(config):
+    assert not any(isinstance(module, FusedMlp) for module in fuse_mlp(adapted(**config)).modules())
+
+
+def test_a_block_that_computes_something_else_under_the_same_names_stays_as_it_is():
+    model = adapted()
+    own = type(unwrap(model).model.layers[0].mlp)
+
+    class Louder(own):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for layer in unwrap(model).model.layers:
+        layer.mlp.__class__ = Louder
+    assert {type(layer.mlp) for layer in unwrap(fuse_mlp(model)).model.layers} == {Louder}
+
+
+def test_a_block_that_is_merged_later_computes_without_its_adapter():
+    model = fuse_mlp(adapted())
+    choose_path(model)
+    batch = collate(samples(2))
+    with torch.no_grad():
+        with_adapter = CausalLoss(model, fused=True)(batch).loss.item()
+        model.merge_adapter()
+        merged = CausalLoss(model, fused=True)(batch).loss.item()
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            without = CausalLoss(model, fused=True)(batch).loss.item()
+    assert merged == pytest.approx(with_adapter, rel=1e-5) and without != pytest.approx(with_adapter, rel=1e-4)
+
+
+def test_a_model_that_cannot_be_compiled_is_left_as_it_is_with_the_reason():
+    model = small_model()
+
+    def break_down():
+        raise RuntimeError("no compiler here\nsecond line")
+
+    assert compile_blocks(find_blocks(model).values(), break_down) == "no compiler here"
+    assert all(block._compiled_call_impl is None for block in find_blocks(model).values())
+    assert torch.isfinite(model(input_ids=torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def test_torch_compile_compiles_the_blocks_of_a_run(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("burnish.workflow.compile_blocks", lambda blocks, try_out: seen.append(list(blocks)) or "")
+    words = [*make_run(tmp_path, rows=12), "--max_steps", "1", "--use_cpu"]
+    for asked in ((), ("--torch_compile", "false"), ("--torch_compile", "true")):
+        assert main(["train", *words, *asked, "--output_dir", str(tmp_path / "-".join(["run", *asked]))]) == 0
+        assert ("blocks compiled in" in capsys.readouterr().out) == ("true" in asked)
+    assert len(seen) == 1 and len(seen[0]) == 3
+
+
+def test_what_is_not_finite_is_traced_to_its_module_in_compiled_blocks_too(tmp_path):
+    model = small_model()
+    trained = trainer(model, arguments(tmp_path), samples(8))
+    compiled(model)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(RunStopped, match=r"layers\.1\.mlp\.down_proj"):
+        trained.train()
