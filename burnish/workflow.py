@@ -42,6 +42,7 @@ from burnish.model.loader import compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
 from burnish.model.positions import check_positions, warn_of_positions
 from burnish.model.probe import ForwardPath, choose_path, try_out
+from burnish.model.recompute import Recompute
 from burnish.model.tokenizer import load_tokenizer
 from burnish.serve.server import open_place, serve
 from burnish.serve.terminal import chat_loop
@@ -272,6 +273,12 @@ def _compile(model: Any, path: ForwardPath, args: Any) -> None:
     console.say(f"blocks are not compiled: {why}" if why else f"blocks compiled in {time.monotonic() - started:.0f} s")
 
 
+def _may_recompute(settings: Settings, args: Any, model: Any) -> Recompute | None:
+    """Where `gradient_checkpointing` is left open a GPU's memory decides."""
+    left_open = settings.value("gradient_checkpointing") is None and args.device.type == "cuda" and not stage_of(args)
+    return Recompute(model, find_blocks(unwrap(model)).values()) if left_open else None
+
+
 def _why_padded(settings: Settings) -> str:
     """The setting that asks for padded batches, if one does."""
     if settings.model.flash_attn not in ("auto", "fa2", "fa3"):
@@ -309,6 +316,7 @@ def _make_trainer(
         loraplus_lr_ratio=tuning.loraplus_lr_ratio,
         count_correct=tuning.compute_accuracy,
         micro_batch_tokens=args.micro_batch_tokens,
+        recompute=_may_recompute(settings, args, model),
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
     )
 

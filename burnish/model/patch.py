@@ -5,7 +5,7 @@ Under DeepSpeed's ZeRO-3 a parameter is empty until it is gathered; its own size
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,21 @@ def enable_gradient_checkpointing(model: nn.Module, settings: dict[str, Any] | N
     # backward pass would go through every frozen block below the first trained one.
     if not settings["use_reentrant"]:
         inner.disable_input_require_grads()
+
+
+def checkpoint_only(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Recompute these blocks and no other module; False, and nothing is changed, where that cannot be chosen."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from burnish.model.head import unwrap
+
+    if not all(isinstance(block, GradientCheckpointingLayer) for block in blocks):
+        return False
+    enable_gradient_checkpointing(model)
+    for module in unwrap(model).modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = any(module is block for block in blocks)
+    return True
 
 
 def wants_gradient_checkpointing(args: Any) -> tuple[bool, dict[str, Any] | None]:

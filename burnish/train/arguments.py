@@ -30,7 +30,10 @@ DEFAULTS: dict[str, Any] = {
     "torch_compile": None,
 }
 
-_AGAIN = "Compute activations again in the backward pass: less memory, more time. Not given: off."
+_AGAIN = (
+    "Compute blocks again in the backward pass: less memory, more time. Not given: as few of them as a GPU's memory "
+    "needs, and none on the CPU."
+)
 OUR_HELP = {
     "gradient_checkpointing": _AGAIN,
     "gradient_checkpointing_kwargs": "Handed to the model's gradient checkpointing.",

@@ -15,6 +15,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from burnish import ranks
 from burnish.data.loader import Collate, Share, make_loader
 from burnish.model.head import CausalLoss
+from burnish.model.recompute import Recompute
 from burnish.train.distributed import stage_of
 from burnish.train.peers import Peers
 
@@ -27,6 +28,7 @@ class TrainerFrame:
     `objective` gives the summed loss of a Batch, `collate` makes a Batch of Samples, `train_dataset` is a store or a
     stream of Samples, `eval_dataset` a store or a dict of stores. With `pack_to` a batch is rows of up to so many
     tokens in the place of samples. `beside_weights(folder)` may add files to every checkpoint (`burnish.yaml`).
+    `micro_batch_tokens` and `recompute` say what a pass may hold (passes.py).
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TrainerFrame:
         loraplus_lr_ratio: float | None = None,
         count_correct: bool = False,
         micro_batch_tokens: str = "auto",
+        recompute: Recompute | None = None,
         beside_weights: Callable[[Path], None] | None = None,
     ):
         self.objective, self.args, self.collate = objective, args, collate
@@ -50,7 +53,7 @@ class TrainerFrame:
         self.train_dataset, self.pack_to, self.eval_dataset = train_dataset, pack_to, eval_dataset
         self.processing_class, self.beside_weights = processing_class, beside_weights
         self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens, self.recompute = micro_batch_tokens, recompute
         self.device: torch.device = args.device
         self.output_dir = Path(args.output_dir)
         reporters = get_reporting_integration_callbacks(args.report_to)

@@ -190,7 +190,7 @@ def _write(trainer: Trainer, folder: Path, to_go_on: bool) -> None:
         "total_loss": trainer.total_loss,
         "last_logged_step": trainer.last_logged_step,
         "epochs_ended": trainer.epochs_ended,
-        "most_tokens": trainer.passes.most_tokens,
+        "passes": trainer.passes.state(),
         "stream": trainer.stream_at,
     }
     torch.save({**rng_state(), "loop": loop}, folder / _rng_file(trainer.peers))
@@ -221,7 +221,7 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     trainer.last_logged_step = rng["loop"]["last_logged_step"]
     trainer.epochs_ended = rng["loop"]["epochs_ended"]
     go_on_from(trainer.train_dataloader, rng["loop"].get("stream"))
-    trainer.passes.remember(rng["loop"]["most_tokens"])
+    trainer.passes.remember(rng["loop"]["passes"])
     trainer.last_saved_step = trainer.state.global_step
     _restore_callbacks(trainer)
 

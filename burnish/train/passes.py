@@ -18,18 +18,21 @@ from torch import Tensor
 
 from burnish import console
 from burnish.errors import RunStopped
+from burnish.model.recompute import Recompute
 from burnish.train.generators import restore_rng, rng_state
 from burnish.types import Batch
 
-# Beyond this many tokens a pass of a GPU gets no faster, only larger (benchmarks/gpu/README.md).
+# Beyond this many tokens a pass of a GPU gets no faster, only larger (docs/performance.md).
 AUTO = 16_384
+EFFICIENT = 4_096  # with fewer it gets slower; computing blocks again then costs less
 
 
 class Passes:
     """Runs the passes of each step, and remembers how many tokens one may hold."""
 
-    def __init__(self, asked: str, device: torch.device, *, can_be_cut: bool):
-        """`asked`: micro_batch_tokens, a number or auto."""
+    def __init__(self, asked: str, device: torch.device, *, can_be_cut: bool, recompute: Recompute | None = None):
+        """`asked`: micro_batch_tokens, a number or auto. `recompute`: the blocks that may be computed again."""
+        self._recompute = recompute
         self._is_auto, self._on_gpu, self._can_be_cut = asked == "auto", device.type == "cuda", can_be_cut
         self.most_tokens: int | None = None  # None: the batches are the passes
         if self._is_auto:
@@ -51,7 +54,7 @@ class Passes:
 
         `end_batch` is called once for each batch but the last, when all of its rows are done: True leaves the step, and
         None is given. Where a GPU's memory does not suffice, `forget` undoes the passes and the whole step is run
-        again, from the same state of the generators, in smaller ones.
+        again, from the same state of the generators, in smaller ones or with blocks that are computed again.
         """
         generators = rng_state() if self._on_gpu else {}
         ends = _Ends(batches, end_batch)
@@ -59,16 +62,15 @@ class Passes:
             try:
                 return self._run(cut(batches, self.most_tokens), one_pass, ends)
             except torch.OutOfMemoryError as error:
-                smaller = self._smaller(batches)
-                if smaller is None:
+                instead = self._need_less(batches)
+                if instead is None:
                     raise RunStopped(_too_large(error), 1) from None
             # Here, and not above: while the error is handled it holds the tensors of the pass that failed.
             forget()
             gc.collect()
             torch.cuda.empty_cache()
             restore_rng(generators)
-            console.warn(f"out of memory: from here on passes of at most {smaller:,} tokens, with the same gradients")
-            self.most_tokens = smaller
+            console.warn(f"out of memory: from here on {instead}, with the same gradients")
 
     def _run(self, passes: list[Batch], one_pass: Callable[..., Tensor], ends: _Ends) -> Tensor | None:
         total: Tensor | None = None
@@ -81,6 +83,17 @@ class Passes:
                 return None
         return total
 
+    def _need_less(self, batches: list[Batch]) -> str | None:
+        """Passes of half the tokens, or more blocks computed again; → which, or None where nothing is left to do."""
+        smaller = self._smaller(batches)
+        if smaller is None or smaller < EFFICIENT:
+            if self._recompute and self._recompute.more():
+                return f"{self._recompute} are computed again in the backward pass"
+            if smaller is None:
+                return None
+        self.most_tokens = smaller
+        return f"passes of at most {smaller:,} tokens"
+
     def _smaller(self, batches: list[Batch]) -> int | None:
         """Half the tokens of the largest pass; None where documents cannot be parted further."""
         if not (self._can_be_cut and _are_end_to_end(batches)):
@@ -89,10 +102,16 @@ class Passes:
         longest = max(int(batch.inputs["max_length_q"]) for batch in batches)
         return max(largest // 2, longest) if largest > longest else None
 
-    def remember(self, most_tokens: int | None) -> None:
-        """What fitted into memory before this run was resumed."""
+    def state(self) -> dict[str, int | None]:
+        """What fits into memory, for a run that goes on from here."""
+        return {"most_tokens": self.most_tokens, "recomputed": self._recompute.count if self._recompute else 0}
+
+    def remember(self, state: dict[str, int | None]) -> None:
+        most_tokens, recomputed = state["most_tokens"], state["recomputed"]
         if self._is_auto and self.most_tokens and most_tokens:
             self.most_tokens = min(self.most_tokens, most_tokens)
+        if self._recompute and recomputed:
+            self._recompute.set(recomputed)
 
 
 class _Ends:
@@ -114,7 +133,7 @@ def _too_large(error: torch.OutOfMemoryError) -> str:
     reason = str(error).split(". ")[0]
     return (
         f"{reason}.\nThe rows of a pass cannot be parted further. Lower --cutoff_len (--per_device_train_batch_size "
-        "where batches are padded or DeepSpeed divides the model) or set --gradient_checkpointing true."
+        "where batches are padded or DeepSpeed divides the model), or set --gradient_checkpointing true if it is false."
     )
 
 

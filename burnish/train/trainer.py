@@ -87,7 +87,7 @@ class Trainer(Evaluation):
         self.measured = NOT_MEASURED
         self.last_saved_step = -1
         can_be_cut = self.objective.fused and not self.is_divided
-        self.passes = Passes(self.micro_batch_tokens, self.device, can_be_cut=can_be_cut)
+        self.passes = Passes(self.micro_batch_tokens, self.device, can_be_cut=can_be_cut, recompute=self.recompute)
         self.epochs_ended = 0  # those of which callbacks have heard the end
         self._grad_norm: Tensor | None = None
         self._learning_rate = current_learning_rate(self.optimizer)

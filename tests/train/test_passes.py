@@ -13,8 +13,10 @@ from burnish.data.loader import collate
 from burnish.errors import RunStopped
 from burnish.model.head import CausalLoss
 from burnish.model.probe import choose_path
+from burnish.model.recompute import Recompute
 from burnish.train import passes
 from burnish.train.passes import Passes, cut, join
+from burnish.tuning.blocks import find_blocks
 
 
 def batches(*sizes, seed=0):
@@ -150,13 +152,63 @@ def test_a_single_document_that_does_not_fit_ends_the_run_with_what_to_change(on
 
 
 def test_a_resumed_run_begins_with_the_passes_that_fitted(on_a_gpu):
-    on_a_gpu.remember(4096)
+    on_a_gpu.remember({"most_tokens": 4096, "recomputed": 0})
     assert on_a_gpu.most_tokens == 4096
-    on_a_gpu.remember(8192)
+    on_a_gpu.remember({"most_tokens": 8192, "recomputed": 0})
     assert on_a_gpu.most_tokens == 4096
-    named = Passes("500", torch.device("cuda"), can_be_cut=True)
-    named.remember(100)
+    named = Passes("500", torch.device("cuda"), can_be_cut=True, recompute=blocks_of(model := small_model()))
+    named.remember({"most_tokens": 100, "recomputed": 2})
     assert named.most_tokens == 500
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, True, False]
+
+
+def blocks_of(model):
+    return Recompute(model, find_blocks(model).values())
+
+
+class Fitting(Small):
+    """Needs less with every block that is computed again."""
+
+    def __init__(self, model, needed):
+        super().__init__(fits=0)
+        self.model, self.needed = model, needed
+
+    def one_pass(self, batch, *, last):
+        self.fits = (
+            10**9 if sum(layer.gradient_checkpointing for layer in self.model.model.layers) >= self.needed else 0
+        )
+        return super().one_pass(batch, last=last)
+
+
+def test_where_rows_cannot_be_parted_as_few_blocks_as_needed_are_computed_again(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    model = small_model(num_hidden_layers=8)
+    device = Fitting(model, needed=3)
+    run = Passes("auto", torch.device("cuda"), can_be_cut=True, recompute=blocks_of(model))
+    run.run(batches(1), device.one_pass, end_batch=lambda: False, forget=device.forget)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True] * 4 + [False] * 4
+    assert not model.model.gradient_checkpointing
+    assert "4 of 8 blocks are computed again" in capsys.readouterr().err and run.state()["recomputed"] == 4
+    device.needed = 99
+    with pytest.raises(RunStopped):
+        run.run(batches(1), device.one_pass, end_batch=lambda: False, forget=device.forget)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_blocks_that_are_computed_again_give_the_same_gradients(count):
+    model, found, calls = small_model(dtype=torch.float64), [], []
+    assert choose_path(model).padding_free
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for again in (0, count):
+        blocks_of(model).set(again)
+        model.train().zero_grad()
+        calls.clear()
+        CausalLoss(model, fused=True)(collate(samples(5))).loss.backward()
+        assert len(calls) == 3 + again
+        found.append(gradients(model))
+    assert torch.equal(*found)
 
 
 def test_on_the_cpu_and_where_nothing_can_be_cut_the_batches_are_the_passes(capsys):
@@ -170,5 +222,5 @@ def test_on_the_cpu_and_where_nothing_can_be_cut_the_batches_are_the_passes(caps
 def test_a_checkpoint_keeps_the_cut(tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
     trainer(small_model(), args, samples(16), micro_batch_tokens="50").train()
-    assert torch.load(tmp_path / "checkpoint-2" / "rng_state.pth")["loop"]["most_tokens"] == 50
+    assert torch.load(tmp_path / "checkpoint-2" / "rng_state.pth")["loop"]["passes"]["most_tokens"] == 50
     assert passes.AUTO > 50
