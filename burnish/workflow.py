@@ -36,6 +36,7 @@ from burnish.environment import quiet_deepspeed
 from burnish.errors import RunStopped, UserError
 from burnish.export.run import Order, export_model
 from burnish.generate.engine import Engine
+from burnish.kernels.lora_mlp import HAS_TRITON
 from burnish.model.compile import compile_blocks
 from burnish.model.head import CausalLoss, unwrap
 from burnish.model.loader import compute_dtype, load_model, parameter_table
@@ -267,7 +268,7 @@ def _compile(model: Any, path: ForwardPath, args: Any) -> None:
     elif not path.padding_free:
         why = "padded batches"
     else:
-        if args.device.type == "cuda":
+        if args.device.type == "cuda" and HAS_TRITON:  # without its kernels the operation is no gain
             fuse_mlp(model)
         why = compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model))
     console.say(f"blocks are not compiled: {why}" if why else f"blocks compiled in {time.monotonic() - started:.0f} s")
