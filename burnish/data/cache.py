@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from burnish import console
-from burnish.data.encode import ONE_TOKEN
 from burnish.data.fingerprint import differences, fingerprint
 from burnish.data.report import DataReport
 from burnish.data.store import Extent, SampleStore, StoreWriter, open_store
@@ -34,7 +33,7 @@ from burnish.errors import Problem, UserError
 
 SECONDS_BETWEEN_ENTRIES = 5.0  # of the journal: what a process that is killed has made in vain
 _INDEX, _JOURNAL, _HASHES = "index.json", "journal.json", "hashes.uint64"
-_OF_DATASETS = ("dataset_dict.json", "dataset_info.json", "state.json")  # what `save_to_disk` leaves
+_OF_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 _ROWS_AT_ONCE = 1024
 
 Items = Callable[[], Iterator[Item]]  # begins anew at each call
@@ -72,6 +71,8 @@ class TokenFolder:
                 with _locked(self.path):
                     kept = self._find(since)
                     if kept is None:
+                        if self.is_named:  # whoever held the lock may have made others
+                            self._refuse_others(overwrite)
                         _Making(self.path, self.description, encoder, report).make(parts)
                         kept = self._find(0.0)
         except OSError as error:
@@ -205,11 +206,9 @@ class _Making:
         """Documents → rows of cutoff_len. It is copying, and begins anew in a process that goes on."""
         self.progress.pop(name, None)
         source = open_store(self.folder / documents, self._of(documents).extent)
-        rows = self.encoder.joined(source)
+        rows = self.encoder.joined(source, self.report)
         with self._writer(name) as writer:
             while batch := list(islice(rows, _ROWS_AT_ONCE)):
-                if len(batch[-1]) == 1:  # only the last of all can be
-                    self.report.add("dropped", ONE_TOKEN, batch.pop().place)
                 writer.append(SampleStore.from_samples(batch))
             self._note(name, writer, 0, is_done=True)
 

@@ -26,7 +26,7 @@ from burnish.errors import Problem, UserError
 if TYPE_CHECKING:
     from burnish.data.arguments import DataArguments
 
-ENCODING = 1  # to be raised with every change of burnish's that makes other tokens, or another report, of the same rows
+ENCODING = 2  # to be raised with every change of burnish's that makes other tokens, or another report, of the same rows
 
 # Settings that change no token, or that stand elsewhere in the description
 _NOT_OF_TOKENS = {

@@ -15,7 +15,7 @@ from burnish.data.rows import Row
 from burnish.errors import Problem, UserError
 
 _REMEDIES = {  # a word in what datasets says → what to do
-    "script": "datasets no longer runs scripts: save its rows as parquet or jsonl, and name that file",
+    "Dataset scripts": "datasets no longer runs scripts: save its rows as parquet or jsonl, and name that file",
     "doesn't exist on the Hub": "check its name; a private or gated one needs hf_hub_token or HF_TOKEN",
     "Couldn't reach": "it is not in the cache: connect (HF_ENDPOINT names a mirror), or name a folder with it",
 }

@@ -112,6 +112,8 @@ def _read_json(path: str) -> Iterator[Row]:
         window = _Window(file)
         in_array = window.skip_gap() and window.text[window.at] == "["
         window.at += in_array
+        ended_on, share_lines = 0, False  # where rows share lines, what stands behind a broken one cannot be found
+        lost: Problem | None = None
         while window.skip_gap():
             place = f"{path}:{window.line()}"
             if in_array and window.text[window.at] == "]":
@@ -121,16 +123,21 @@ def _read_json(path: str) -> Iterator[Row]:
                     remedy = "write one array, or one row a line without brackets"
                     raise UserError(Problem(f"{path}:{window.line()}", "", None, message, remedy))
                 return
+            share_lines = share_lines or window.line() == ended_on
+            if share_lines and lost:
+                raise UserError(lost)
             try:
                 value, content = window.decode()
             except (ValueError, RecursionError) as error:
-                reason, before = window.reason(error), window.before
+                reason = window.reason(error)
+                lost = lost or _lost_rest(error, reason, place, window.before)
                 yield Row(None, place, reason)
-                if not window.skip_row():
+                if share_lines or not window.skip_row():
                     if reason != CUT_OFF:
-                        raise UserError(_lost_rest(error, reason, place, before)) from error
+                        raise UserError(lost) from error
                     return
                 continue
+            ended_on = window.line()
             yield Row(None, place, not_utf8_reason(content)) if content else _row(value, place, window.keys)
         if in_array:
             yield Row(None, f"{path}:{window.line()}", CUT_OFF)  # no closing bracket
@@ -297,12 +304,14 @@ def _csv_row(header: list[str], fields: list[str], place: str) -> Row:
 
 
 def _broken_csv(error: csv.Error, path: str, first: int, last: int) -> Iterator[Row]:
-    """A quote that is never closed swallows the lines below it, and each of them is lost: each is a bad row."""
+    """A quote that is not closed where it should be swallows the lines below it: each is lost, and is a bad row."""
     if "unexpected end of data" in str(error):
-        for line in range(first, last + 1):
-            yield Row(None, f"{path}:{line}", "stands in a quote that is never closed")
+        reason = "stands in a quote that is never closed"
+    elif first < last:
+        reason = "stands in a quote that ends in the middle of a field"
     else:
-        yield Row(None, f"{path}:{first}", "has a quote in the middle of a field")
+        reason = "has a quote in the middle of a field"
+    return (Row(None, f"{path}:{line}", reason) for line in range(first, last + 1))
 
 
 def _read_txt(path: str) -> Iterator[Row]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from burnish.data.cache import Items, TokenFolder, token_cache
 from burnish.data.catalog import get_dataset_list
-from burnish.data.encode import ONE_TOKEN, DocumentFrame
+from burnish.data.encode import DocumentFrame
 from burnish.data.entry import DatasetAttr, files_of_data
 from burnish.data.fingerprint import describe, fingerprint
 from burnish.data.formats import columns_read, detect_formatting
@@ -146,9 +146,12 @@ def _bad_rows_told(all_rows: Items, encoder: RowEncoder) -> Iterator[None]:
 
 
 def _evaluation(attrs: Sequence[DatasetAttr], open_items: Any, *, each: bool) -> dict[str, Items]:
-    by_name: dict[str, list[DatasetAttr]] = {}
-    for attr in attrs:
-        by_name.setdefault(_short_name(attr) if each else _ASIDE, []).append(attr)
+    """Joined, or `each` by its name: of two called alike, or one like training's part, the later one is `name_2`."""
+    by_name = {} if each or not attrs else {_ASIDE: attrs}
+    for attr in attrs if each else ():
+        short = _short_name(attr)
+        names = itertools.chain([short], (f"{short}_{number}" for number in itertools.count(2)))
+        by_name[next(name for name in names if name != "train" and name not in by_name)] = [attr]
     return {
         name: partial(mix, [partial(open_items, attr) for attr in named], "concat", None, 0)
         for name, named in by_name.items()
@@ -271,10 +274,7 @@ def _in_memory(name: str, items: Iterator[Item], encoder: RowEncoder, report: Da
     stores = list(encode_items(items, encoder, report))
     if encoder.frame:  # documents → rows
         documents = itertools.chain.from_iterable(stores)
-        rows = list(encoder.joined(documents))
-        if rows and len(rows[-1]) == 1:
-            report.add("dropped", ONE_TOKEN, rows.pop().place)
-        store = SampleStore.from_samples(rows)
+        store = SampleStore.from_samples(encoder.joined(documents, report))
     else:
         store = SampleStore.concatenate(stores)
     report.add_part(name, store)

@@ -69,7 +69,7 @@ class StreamedSamples:
         rows = iter(shuffled(islice(self._rows(), self._skip, None), buffer_size, (self._seed, self.epoch)))
         rest = self._rest_of_row(rows) if self.report.rows else ()
         encoded = self._encoded(rest, rows)
-        for sample in self._encoder.joined(encoded):
+        for sample in self._encoder.joined(encoded, self.report):
             self._waiting -= self._size(sample)
             yield sample
 

@@ -27,7 +27,7 @@ from hashlib import blake2b
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from burnish.data.encode import DocumentFrame, Outcome, encode_pt, encode_sft, join_documents
+from burnish.data.encode import ONE_TOKEN, DocumentFrame, Outcome, encode_pt, encode_sft, join_documents
 from burnish.data.entry import DatasetAttr
 from burnish.data.formats import align_dataset
 from burnish.data.report import DataReport
@@ -78,11 +78,19 @@ class RowEncoder:
                 report.add(kind, reason, row.place)
         return outcome.samples
 
-    def joined(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Rows of `cutoff_len` made of documents in stage pt; samples of conversations stay as they are."""
+    def joined(self, samples: Iterable[Sample], report: DataReport) -> Iterator[Sample]:
+        """Rows of `cutoff_len` made of documents in stage pt; samples of conversations stay as they are.
+
+        A row of one token, which only the last can be, trains nothing: it is dropped.
+        """
         if not self.frame:
-            return iter(samples)
-        return join_documents(samples, self.args.cutoff_len, apart=not self.args.cross_document_attention)
+            yield from samples
+            return
+        for row in join_documents(samples, self.args.cutoff_len, apart=not self.args.cross_document_attention):
+            if len(row) > 1:
+                yield row
+            else:
+                report.add("dropped", ONE_TOKEN, row.place)
 
     def _encode(self, value: dict[str, Any], place: str, attr: DatasetAttr) -> Outcome:
         example = align_dataset(value, attr, stage=self.stage, place=place)

@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 HAS_TRITON = find_spec("triton") is not None  # torch's CUDA builds for Linux bring it
 
 

@@ -29,8 +29,12 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 
-# torch 2.11's varlen_attn groups heads by itself; later ones want to be told.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+def grouping(varlen: Any) -> dict[str, Any]:
+    """torch 2.11's varlen_attn groups heads by itself; later ones want to be told."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen).parameters else {}
+
+
+GROUPED = grouping(varlen_attn)  # once: a compiled block must not look at signatures
 
 
 class UnsupportedAttention(ValueError):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -250,6 +251,22 @@ def test_other_tokens_in_the_folder_are_not_lost_without_a_word(load, place):
     with pytest.raises(UserError, match=r"holds other tokens \(cutoff_len 2048, not 64\); set overwrite_cache"):
         load(max_bad_rows=1e9, tokenized_path=mine, cutoff_len=64)
     assert load(max_bad_rows=1e9, tokenized_path=mine, cutoff_len=64, overwrite_cache=True).train.lengths.max() <= 64
+
+
+def test_other_tokens_that_are_made_while_a_run_waits_for_the_lock_are_not_lost_either(load, place, monkeypatch):
+    mine, locked = str(place / "mine"), cache._locked
+
+    @contextmanager
+    def after_another_run(folder):
+        monkeypatch.setattr(cache, "_locked", locked)
+        load(max_bad_rows=1e9, tokenized_path=mine)
+        with locked(folder):
+            yield
+
+    monkeypatch.setattr(cache, "_locked", after_another_run)
+    with pytest.raises(UserError, match=r"holds other tokens \(cutoff_len 2048, not 64\); set overwrite_cache"):
+        load(max_bad_rows=1e9, tokenized_path=mine, cutoff_len=64)
+    assert load(max_bad_rows=1e9, tokenized_path=mine).train.lengths.max() > 64
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,12 @@ def test_an_array_on_one_line_that_is_broken_in_the_middle_is_refused_with_its_c
         read("x.json", '[{"a": 1}, {"a": b}, {"a": 3}]')
 
 
+@pytest.mark.parametrize("rows", ['{"a": 1}, {"a": b}, {"a": 3}', '{"a": b}, {"a": 3}'])
+def test_an_array_is_refused_where_a_broken_row_shares_its_line_with_rows_that_would_be_lost(read, rows):
+    with pytest.raises(UserError, match=r"x\.json:1: is not valid JSON at column .*, and no row after it"):
+        read("x.json", f'[{rows},\n{{"a": 4}}, {{"a": 5}}]')
+
+
 def test_what_a_json_file_holds_is_found_out_from_it_not_from_its_name(read):
     assert read("lines.json", '{"a": 1}\n{"a": 2}\n') == [({"a": 1}, "1", ""), ({"a": 2}, "2", "")]
     assert read("objects.json", '{\n"a": 1\n}\n{\n"a": 2\n}') == [({"a": 1}, "1", ""), ({"a": 2}, "4", "")]
@@ -161,6 +167,14 @@ def test_every_line_that_an_open_quote_swallows_is_a_bad_row(read):
     rows = read("x.csv", 'a,b\n1,2\n3,"4\n5,6\n7,8\n')
     assert [(row.place, row.reason) for row in rows[1:]] == [
         (n, "stands in a quote that is never closed") for n in "345"
+    ]
+
+
+def test_every_line_that_a_quote_swallows_before_it_ends_in_the_middle_of_a_field_is_a_bad_row(read):
+    rows = read("x.csv", 'a,b\n"1,2\n3,4\n"5"6,7\n8,9\n')
+    assert [(row.place, row.reason) for row in rows] == [
+        *((n, "stands in a quote that ends in the middle of a field") for n in "234"),
+        ("5", ""),
     ]
 
 

@@ -165,6 +165,22 @@ def test_eval_sets_are_joined_or_kept_apart_by_name(load, tmp_path, tokenizer):
     assert load(eval_dataset=names).train is None
 
 
+def test_eval_sets_that_are_called_alike_or_train_are_kept_apart_from_each_other_and_from_training(
+    load, tmp_path, tokenizer
+):
+    (tmp_path / "old").mkdir()
+    names = ["a.jsonl", "old/a.jsonl", "train.jsonl"]
+    for number, name in enumerate(names):
+        write(tmp_path / name, [pair(number)])
+    made = load(dataset=names[:1], eval_dataset=names, eval_on_each_dataset=True)
+    assert {name: answers(store, tokenizer) for name, store in made.eval.items()} == {
+        "a": answers_to([0]),
+        "a_2": answers_to([1]),
+        "train_2": answers_to([2]),
+    }
+    assert answers(made.train, tokenizer) == answers_to([0])
+
+
 def test_csv_parquet_and_json_give_the_same_samples(load, tmp_path, tokenizer):
     rows = [
         {"instruction": "say", "input": "NA", "output": "007"},

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from burnish.chat.template import load_template
 from burnish.data.arguments import DataArguments
+from burnish.data.encode import ONE_TOKEN
 from burnish.data.report import DataReport
 from burnish.data.sources import get_dataset
 from burnish.data.stream import StreamedSamples
@@ -109,6 +110,18 @@ def test_rows_before_the_place_are_not_encoded_again(make, stage, monkeypatch):
     after = list(stream)
     assert len(after) > 3 and rows_before > 2
     assert len(encoded) <= stream.report.rows - rows_before + 1
+
+
+def test_a_last_row_of_one_token_is_dropped_and_told_once_also_by_a_stream_that_goes_on_before_it(make, tmp_path):
+    text = write(tmp_path / "one.jsonl", [{"text": "one two three four five"}])
+    (whole,) = make("pt", dataset=[text])
+    stream, resumed = (make("pt", dataset=[text], cutoff_len=len(whole) - 1) for _ in range(2))
+    samples = iter(stream)
+    assert seen(next(samples))[1] == whole.input_ids[:-1].tolist()
+    resumed.load_state_dict(stream.state_dict())
+    for rest, of in ((samples, stream), (resumed, resumed)):
+        assert not list(rest)
+        assert {reason: tally.count for reason, tally in of.known.dropped.items()} == {ONE_TOKEN: 1}
 
 
 def test_a_set_that_has_become_shorter_is_told(make):
