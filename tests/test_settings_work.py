@@ -421,7 +421,7 @@ def test_the_model_that_is_asked_has_the_dtype_that_is_given(asked, dtype, base)
 
 @pytest.mark.parametrize(
     ("given", "dtype"),
-    [({}, torch.float32), ({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.bfloat16)],
+    [({}, torch.float32), ({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.float16)],
 )
 def test_what_a_run_left_is_asked_on_a_gpu_in_what_the_run_computed_in(given, dtype, base):
     run = {"model_name_or_path": base["model_name_or_path"], "output_dir": "saves", **given}

@@ -1,10 +1,10 @@
 """The optimizer, its float32 masters, and the learning rate.
 
-One rule of precision: the model computes in its own dtype (bf16 or float32), what is trained is kept in float32. For a
-bf16 model that means a float32 master of each trained weight: gradients are added up in it, the optimizer moves it,
-and after the step the model gets its rounding. A float32 model is its own master. So the weights that a checkpoint
-saves are exactly those that the forward pass used, and small updates are not lost (Micikevicius et al., arXiv
-1710.03740).
+One rule of precision: the model computes in its own dtype (bf16, float16 or float32), what is trained is kept in
+float32. For a bf16 model that means a float32 master of each trained weight: gradients are added up in it, the
+optimizer moves it, and after the step the model gets its rounding. A float32 model is its own master. So the weights
+that a checkpoint saves are exactly those that the forward pass used, and small updates are not lost (Micikevicius et
+al., arXiv 1710.03740). The loss of a float16 model is scaled besides (scale.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from burnish.errors import Problem, UserError
 from burnish.model.head import CausalLoss
 from burnish.model.patch import shape_of
 from burnish.train.peers import Peers, add_gradients, share_weights
+from burnish.train.scale import LossScale, computes_in_float16
 from burnish.types import Batch
 
 MASTERS_FILE = "masters.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
+SCALE_FILE = "scaler.pt"
 
 # name → (where it comes from, class, fixed keywords). transformers' names; each takes the adam_* settings that it has.
 OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -109,8 +111,8 @@ def _give_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 class Outcome(NamedTuple):
     """What became of an update."""
 
-    updated: bool  # False where it is known that nothing was moved
-    must_not: Tensor  # bool on the device: something was not finite, and nothing was moved
+    updated: bool  # False where it is known that nothing was moved, and that the run stops there
+    must_not: Tensor  # bool on the device: something was not finite, nothing was moved, and the run stops there
     norm: Tensor  # of the gradients before clipping
 
 
@@ -127,24 +129,41 @@ class LocalUpdate:
         self.masters = Masters(objective.model)
         self.weights = self.masters.by_name
         self.optimizer = create_optimizer(args, self.weights, loraplus_lr_ratio=loraplus_lr_ratio)
+        self.scale = LossScale(args.device) if computes_in_float16(objective.model) else None
 
     def forward(self, batch: Batch) -> Tensor:
         return self.objective(batch).loss
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
+        (loss if self.scale is None else loss * self.scale.value).backward()
 
     def gather_gradients(self, max_norm: float) -> None:
         """The gradients of all processes added up, and their norm limited to `max_norm` (0: not limited)."""
         add_gradients(list(self.weights.values()), self.peers, self.bucket_mib)
         moving = [weight for weight in self.weights.values() if weight.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm([weight.grad for weight in moving if weight.grad is not None])
+        gradients = [weight.grad for weight in moving if weight.grad is not None]
+        if self.scale is not None:
+            self.scale.unscale(gradients)
+        self._norm = torch.nn.utils.get_total_norm(gradients)
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(moving, max_norm, self._norm)
 
     def step(self, check: Callable[..., Tensor], loss: Tensor) -> Outcome:
+        if self.scale is not None:
+            return self._step_unless_it_overflows(check, loss, self.scale)
         must_not = check(loss, self._norm)
         return Outcome(self._update_unless(must_not), must_not, self._norm)
+
+    def _step_unless_it_overflows(self, check: Callable[..., Tensor], loss: Tensor, scale: LossScale) -> Outcome:
+        """A step that overflows is left out and the run goes on, its schedule too, so that nobody need wait to know.
+
+        Loss and gradients are sums over the processes: all of them come to the same.
+        """
+        overflow = ~(torch.isfinite(loss) & torch.isfinite(self._norm))
+        scale.update(overflow)
+        must_not = check(scale.or_nan())
+        self._update_unless(overflow | must_not)
+        return Outcome(True, must_not, self._norm)
 
     def _update_unless(self, must_not: Tensor) -> bool:
         """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
@@ -166,10 +185,12 @@ class LocalUpdate:
         self.masters.release()
 
     def save(self, folder: Path) -> None:
-        """optimizer.pt, and the float32 masters where the model's own file does not hold them."""
+        """optimizer.pt, the float32 masters where the model's own file does not hold them, and the loss's scale."""
         torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_FILE)
         if masters := self.masters.state_dict():
             save_file(masters, folder / MASTERS_FILE)
+        if self.scale is not None:
+            torch.save(self.scale.state_dict(), folder / SCALE_FILE)
 
     def load(self, folder: Path) -> None:
         if not (folder / OPTIMIZER_FILE).is_file():
@@ -179,6 +200,8 @@ class LocalUpdate:
         if (folder / MASTERS_FILE).is_file():
             self.masters.load_state_dict(load_file(folder / MASTERS_FILE, device=str(device)))
         self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location=device))
+        if self.scale is not None and (folder / SCALE_FILE).is_file():
+            self.scale.load_state_dict(torch.load(folder / SCALE_FILE))
 
 
 def create_optimizer(
