@@ -237,7 +237,7 @@ def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[A
     """The model with what is trained marked, and the path its arithmetic allows."""
     model = load_model(
         settings.model,
-        dtype=compute_dtype(args.bf16, args.device, fp16=args.fp16),
+        dtype=compute_dtype(args.bf16 or settings.finetuning.pure_bf16, args.device, fp16=args.fp16),
         trainable=True,
         device="cpu" if stage_of(args) == 3 else args.device,  # ZeRO-3 puts every process's part where it belongs
         tokenizer=tokenizer,
@@ -307,6 +307,7 @@ def _make_trainer(
         processing_class=tokenizer,
         callbacks=[*own, *callbacks],
         loraplus_lr_ratio=tuning.loraplus_lr_ratio,
+        pure_bf16=tuning.pure_bf16 and any(weight.dtype == torch.bfloat16 for weight in model.parameters()),
         count_correct=tuning.compute_accuracy,
         micro_batch_tokens=args.micro_batch_tokens,
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
@@ -356,7 +357,7 @@ def _inference_dtype(settings: Settings, device: str) -> torch.dtype:
         return named[asked]
     of_a_run = settings.value("output_dir") is not None
     fp16, divided = bool(settings.value("fp16")), bool(settings.value("deepspeed"))  # which computes in bf16 for both
-    halved = settings.value("bf16") or (fp16 and divided)
+    halved = settings.value("bf16") or settings.finetuning.pure_bf16 or (fp16 and divided)
     return compute_dtype(halved or (device == "cuda" and not of_a_run), device, fp16=fp16 and not divided)
 
 

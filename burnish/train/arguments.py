@@ -42,6 +42,8 @@ OUR_HELP = {
     "do_eval": "Evaluate at the end.",
     "resume_from_checkpoint": "The checkpoint to go on from.",
     "deepspeed": "DeepSpeed's settings: a JSON file, such as examples/deepspeed/ds_z3_config.json, or the JSON itself.",
+    "neftune_noise_alpha": "Noise on the embeddings while training (NEFTune), up to this over the root of "
+    "a document's length times their size; 5 is usual.",
     "fp16": "Compute in float16 on a GPU (bfloat16 with deepspeed), the loss scaled; in float32 on the CPU.",
 }
 # What transformers' annotation says too loosely.
@@ -79,6 +81,7 @@ HONOURED = frozenset(
     resume_from_checkpoint include_num_input_tokens_seen log_level log_level_replica
     log_on_each_node train_sampling_strategy deepspeed ddp_backend ddp_timeout ddp_bucket_cap_mb
     overwrite_output_dir warmup_ratio logging_dir torch_compile micro_batch_tokens
+    neftune_noise_alpha
     """)
 )
 
@@ -112,7 +115,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "accelerator_config": ("has no Accelerator to configure", "leave it out"),
     "parallelism_config": ("is not built yet", "leave it out"),
     "save_on_each_node": ("is not built", "leave it out; give an output_dir that all machines share"),
-    "neftune_noise_alpha": ("is not built yet", "leave it out"),
     "skip_memory_metrics": ("is not built", "leave it out"),
     "dataloader_multiprocessing_context": ("is not built", "leave it out; workers are started as torch does"),
     "dataloader_in_order": ("would let the order of rows depend on time", "leave it out"),
@@ -153,7 +155,7 @@ TRAINS = frozenset(
     per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
     warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 fp16 tf32 seed data_seed
-    dataloader_drop_last train_sampling_strategy load_best_model_at_end
+    neftune_noise_alpha dataloader_drop_last train_sampling_strategy load_best_model_at_end
     """)
 )
 # These change training only where the course of evaluation decides something.

@@ -33,6 +33,7 @@ from burnish.train import checkpoint
 from burnish.train.base import NOT_MEASURED
 from burnish.train.evaluate import Evaluation
 from burnish.train.interrupt import STOPPING, Interrupt
+from burnish.train.noise import EmbeddingNoise
 from burnish.train.nonfinite import NOT_AGAIN, FiniteGuard, StepRecord, diagnose
 from burnish.train.optimizer import LocalUpdate, create_scheduler, current_learning_rate, steps_on_metric
 from burnish.train.passes import Passes
@@ -70,8 +71,9 @@ class Trainer(Evaluation):
 
     def _prepare(self, resume: Path | None) -> None:
         """Weights, optimizer, schedule and state: new, or as they were at the checkpoint."""
-        if self.update is not None:  # of a training before this one
-            self.update.release()
+        for part in (self.update, self.noise):  # of a training before this one
+            if part is not None:
+                part.release()
         set_seed(self.args.seed)
         self.train_dataloader = self.get_train_dataloader()
         streamed = not hasattr(self.train_dataset, "__len__")
@@ -79,6 +81,8 @@ class Trainer(Evaluation):
         if resume is not None and not self.is_divided:
             load_weights(self.model, resume)
         self.update = self._make_update()
+        alpha = self.args.neftune_noise_alpha
+        self.noise = EmbeddingNoise(self.objective, alpha) if alpha else None
         self.optimizer = self.update.optimizer
         self.lr_scheduler = create_scheduler(self.args, self.optimizer, self.steps.total)
         self.guard = FiniteGuard(self.device)
@@ -108,7 +112,8 @@ class Trainer(Evaluation):
 
     def _make_update(self) -> Any:
         if not self.is_divided:
-            return LocalUpdate(self.objective, self.args, self.peers, loraplus_lr_ratio=self.loraplus_lr_ratio)
+            how: dict[str, Any] = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "pure_bf16": self.pure_bf16}
+            return LocalUpdate(self.objective, self.args, self.peers, **how)
         from burnish.train.deepspeed import ZeroUpdate
 
         return ZeroUpdate(
@@ -312,6 +317,8 @@ class Trainer(Evaluation):
             load_weights(self.model, Path(self.state.best_model_checkpoint))
             if self.state.best_global_step != self.state.global_step:
                 self.measured = NOT_MEASURED
+        if self.noise is not None:
+            self.noise.release()
         self.peers.wait()
         self.tell("on_train_end")
         return TrainOutput(self.state.global_step, train_loss, metrics)

@@ -31,6 +31,7 @@ from burnish.model.qwen import QWenLMHeadModel
 from burnish.model.qwen_config import QWenConfig
 from burnish.train.checkpoint import last_checkpoint
 from burnish.train.passes import AUTO
+from burnish.train.rounding import round_at_random
 from burnish.tuning.blocks import find_blocks
 from burnish.tuning.fuse import fuse_lora, fuse_mlp
 
@@ -343,3 +344,23 @@ def test_fp16_asks_the_device_nothing_between_two_logs(tmp_path):
     assert torch.equal(broken.before, broken.after)
     logged = run.state.log_history[0]
     assert logged["overflows"] >= 1 and 3 < logged["loss"] < 8
+
+
+def test_pure_bf16_rounds_at_random_on_the_device_and_waits_for_nothing(tmp_path):
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("error" if 1 < state.global_step < 9 else "default")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("default")
+
+    found = []
+    for pure in (True, False):
+        model = small_model(dtype=torch.bfloat16, head_dim=16).to(DEVICE)
+        args = on_device(tmp_path, logging_steps=10, max_steps=20, learning_rate=2e-3, dataloader_pin_memory=True)
+        run = trainer(model, args, samples(40), callbacks=[Watch()] if pure else [], pure_bf16=pure)
+        run.train()
+        found.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+    drawn = round_at_random(torch.full((100_000,), 1.001, device=DEVICE), torch.Generator(DEVICE).manual_seed(0))
+    assert drawn.double().mean().item() == pytest.approx(1.001, rel=1e-4)
