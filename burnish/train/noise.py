@@ -38,7 +38,7 @@ class EmbeddingNoise:
         """→ [B, S, H], in the dtype of what was embedded; None leaves it."""
         if not embedding.training or self._lengths is None:
             return None
-        most = self._alpha / (self._lengths * embedded.shape[-1]).sqrt()
+        most = self._alpha / (self._lengths.float() * embedded.shape[-1]).sqrt()
         noise = torch.empty_like(embedded).uniform_(-1, 1)
         return embedded + noise * most.to(embedded.dtype)[..., None]
 

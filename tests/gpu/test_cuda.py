@@ -298,6 +298,9 @@ def test_the_first_qwen_takes_the_fast_path_and_gives_the_loss_of_its_documents(
     assert distance(gradient, model.transformer.h[0].attn.c_attn.weight.grad) < 10 * rounding
 
 
+# ---- precision: written where there was no GPU, not yet run on one ------------------------------------------------
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_fp16_computes_in_float16_with_a_scaled_loss(tmp_path, method):
     words = [*make_run(tmp_path), "--finetuning_type", method, "--per_device_train_batch_size", "4"]
@@ -305,7 +308,7 @@ def test_fp16_computes_in_float16_with_a_scaled_loss(tmp_path, method):
     run(1, [*words, "--output_dir", str(tmp_path / "float32")])
     said = run(1, [*words, "--output_dir", str(tmp_path / "float16"), "--fp16"])
     assert "fp16 is not used" not in said
-    assert losses(tmp_path / "float16") == pytest.approx(losses(tmp_path / "float32"), rel=5e-3)
+    assert losses(tmp_path / "float16") == pytest.approx(losses(tmp_path / "float32"), rel=2e-2)
     assert {weight.dtype for weight in weights(tmp_path / "float16").values()} == {torch.float16}
     logged = json.loads((tmp_path / "float16" / "trainer_state.json").read_text())["log_history"]
     assert all(entry["loss_scale"] >= 1 for entry in logged if "loss" in entry)
