@@ -239,7 +239,7 @@ def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[A
     """The model with what is trained marked, and the path its arithmetic allows."""
     model = load_model(
         settings.model,
-        dtype=compute_dtype(args.bf16, args.device),
+        dtype=compute_dtype(args.bf16 or settings.finetuning.pure_bf16, args.device, fp16=args.fp16),
         trainable=True,
         device="cpu" if stage_of(args) == 3 else args.device,  # ZeRO-3 puts every process's part where it belongs
         tokenizer=tokenizer,
@@ -315,6 +315,7 @@ def _make_trainer(
         processing_class=tokenizer,
         callbacks=[*own, *callbacks],
         loraplus_lr_ratio=tuning.loraplus_lr_ratio,
+        pure_bf16=tuning.pure_bf16 and any(weight.dtype == torch.bfloat16 for weight in model.parameters()),
         count_correct=tuning.compute_accuracy,
         micro_batch_tokens=args.micro_batch_tokens,
         recompute=_may_recompute(settings, args, model),
@@ -364,8 +365,9 @@ def _inference_dtype(settings: Settings, device: str) -> torch.dtype:
     if asked in named:
         return named[asked]
     of_a_run = settings.value("output_dir") is not None
-    halved = settings.value("bf16") or settings.value("fp16")  # training computes in bf16 for both
-    return compute_dtype(halved or (device == "cuda" and not of_a_run), device)
+    fp16, divided = bool(settings.value("fp16")), bool(settings.value("deepspeed"))  # which computes in bf16 for both
+    halved = settings.value("bf16") or settings.finetuning.pure_bf16 or (fp16 and divided)
+    return compute_dtype(halved or (device == "cuda" and not of_a_run), device, fp16=fp16 and not divided)
 
 
 def _name(settings: Settings) -> str:

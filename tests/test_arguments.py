@@ -305,6 +305,12 @@ def test_what_is_required_and_missing_is_told(tmp_path: Path) -> None:
         (["per_device_train_batch_size=0"], "per_device_train_batch_size 0 is not at least 1"),
         (["dataloader_prefetch_factor=2"], "dataloader_prefetch_factor 2 needs workers"),
         (["fp16=true", "bf16=true"], "fp16 True and bf16 exclude each other"),
+        (["fp16=true", "pure_bf16=true"], "pure_bf16 True and fp16 exclude each other"),
+        (["pure_bf16=true", "optim=adafactor"], "optim 'adafactor' is not built for pure_bf16"),
+        (
+            ["pure_bf16=true", "deepspeed=examples/deepspeed/ds_z2_config.json"],
+            "pure_bf16 True is not built with deepspeed",
+        ),
         (["logging_nan_inf_filter=true"], "would hide a loss that is not a number"),
         (["deepspeed=ds.json"], "deepspeed 'ds.json' is not there; looked for the file /"),
         (["deepspeed=pyproject.toml"], "deepspeed 'pyproject.toml' is not JSON; correct it: Expecting value"),

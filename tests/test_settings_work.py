@@ -303,6 +303,26 @@ def test_bf16_is_what_the_model_computes_in_and_is_saved_in(go, tmp_path, monkey
     assert dtypes == {"true": {torch.bfloat16}, "false": {torch.float32}}
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_pure_bf16_keeps_weights_and_optimizer_in_bf16_alone(method, go, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for asked, dtype in (("true", torch.bfloat16), ("false", torch.float32)):
+        look = go(pure_bf16=asked, bf16="true", finetuning_type=method, output_dir=tmp_path / asked, max_steps=2)
+        assert {weight.dtype for weight in look.model.parameters()} == {torch.bfloat16}
+        trained = [weight for group in look.groups for weight in group["params"]]
+        assert {weight.dtype for weight in trained} == {dtype}
+        moments = [value for state in look.optimizer.state.values() for value in state.values() if value.dim()]
+        assert {value.dtype for value in moments} == {dtype} and len(moments) == 2 * len(trained)
+    assert {w.dtype for w in go(pure_bf16="true", output_dir=tmp_path / "alone").model.parameters()} == {torch.bfloat16}
+
+
+def test_pure_bf16_is_float32_where_a_processor_does_not_multiply_bf16(go, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    look = go(pure_bf16="true")
+    assert {weight.dtype for weight in look.model.parameters()} == {torch.float32}
+    assert "computing in float32 instead" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("asked, precision", [("true", "tf32"), ("false", "ieee")])
 def test_tf32_is_switched_on_and_off(asked, precision, go, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
@@ -421,7 +441,13 @@ def test_the_model_that_is_asked_has_the_dtype_that_is_given(asked, dtype, base)
 
 @pytest.mark.parametrize(
     ("given", "dtype"),
-    [({}, torch.float32), ({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.bfloat16)],
+    [
+        ({}, torch.float32),
+        ({"bf16": True}, torch.bfloat16),
+        ({"fp16": True}, torch.float16),
+        ({"pure_bf16": True}, torch.bfloat16),
+        ({"fp16": True, "deepspeed": "ds_z2_config.json"}, torch.bfloat16),
+    ],
 )
 def test_what_a_run_left_is_asked_on_a_gpu_in_what_the_run_computed_in(given, dtype, base):
     run = {"model_name_or_path": base["model_name_or_path"], "output_dir": "saves", **given}

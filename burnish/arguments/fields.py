@@ -33,7 +33,7 @@ _OF_THE_TUNED = frozenset(
         *({field.name for field in dataclasses.fields(ModelArguments)} - model_room.OF_EXPORT),
         *("template", "default_system", "enable_thinking", "finetuning_type", "create_new_adapter"),
         "cutoff_len",  # how far rope_scaling reaches
-        *("output_dir", "use_cpu", "bf16", "fp16"),
+        *("output_dir", "use_cpu", "bf16", "fp16", "pure_bf16", "deepspeed"),
     }
 )
 # What an answer depends on: these are read by `burnish chat`, every other setting of a training file passes by.

@@ -21,7 +21,6 @@ def _names(text: str, reason: str, remedy: str) -> dict[str, tuple[str, str]]:
 # At these values nothing is asked for.
 OFF_VALUES = {"", "false", "no", "none", "null", "0", "0.0", "[]", "{}"}
 REFUSED: dict[str, tuple[str, str]] = {
-    **_names("pure_bf16", "is not built yet", "use bf16: true"),
     **_names(
         "quantization_bit quantization_method quantization_type double_quantization quantization_device_map",
         "is not built yet",

@@ -74,12 +74,14 @@ def load_model(
     return model
 
 
-def compute_dtype(bf16: bool, device: torch.device | str) -> torch.dtype:
-    """bf16 where it was asked for and the device multiplies it, else float32.
+def compute_dtype(bf16: bool, device: torch.device | str, *, fp16: bool = False) -> torch.dtype:
+    """bf16 or float16 where it was asked for and the device multiplies it, else float32.
 
-    A CPU without bf16 instructions (AVX512_BF16, AMX) emulates them: 8 to 100 times slower than float32, and no more
-    exact, so there float32 is used and one line says so.
+    No CPU computes in float16. One without bf16 instructions (AVX512_BF16, AMX) emulates them: 8 to 100 times slower
+    than float32, and no more exact, so there float32 is used and one line says so.
     """
+    if fp16:
+        return torch.float32 if torch.device(device).type == "cpu" else torch.float16
     if not bf16:
         return torch.float32
     if torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -45,7 +45,9 @@ OUR_HELP = {
     "do_eval": "Evaluate at the end.",
     "resume_from_checkpoint": "The checkpoint to go on from.",
     "deepspeed": "DeepSpeed's settings: a JSON file, such as examples/deepspeed/ds_z3_config.json, or the JSON itself.",
-    "fp16": "16-bit numbers: bfloat16 on a GPU, for now, and float32 on the CPU.",
+    "neftune_noise_alpha": "Noise on the embeddings while training (NEFTune), up to this over the root of "
+    "a document's length times their size; 5 is usual.",
+    "fp16": "Compute in float16 on a GPU (bfloat16 with deepspeed), the loss scaled; in float32 on the CPU.",
 }
 # What transformers' annotation says too loosely.
 HINTS: dict[str, Any] = {"deepspeed": str | dict}  # a path or a mapping
@@ -71,7 +73,8 @@ HONOURED = frozenset(
     words("""
     output_dir do_train do_eval per_device_train_batch_size per_device_eval_batch_size num_train_epochs max_steps
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2
-    adam_epsilon gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 tf32 gradient_checkpointing
+    adam_epsilon gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 fp16 tf32
+    gradient_checkpointing
     gradient_checkpointing_kwargs logging_strategy logging_steps logging_first_step disable_tqdm report_to run_name
     project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay eval_on_start
     save_strategy save_steps save_total_limit save_only_model load_best_model_at_end
@@ -81,6 +84,7 @@ HONOURED = frozenset(
     resume_from_checkpoint include_num_input_tokens_seen log_level log_level_replica
     log_on_each_node train_sampling_strategy deepspeed ddp_backend ddp_timeout ddp_bucket_cap_mb
     overwrite_output_dir warmup_ratio logging_dir torch_compile micro_batch_tokens
+    neftune_noise_alpha
     """)
 )
 
@@ -100,7 +104,6 @@ NOTHING_TO_CHANGE = {
 TRANSLATED = {
     **{old: f"the newer name of {new}" for old, new in CHECKPOINTING.items()},
     "use_cache": "means use_kv_cache; training never keeps keys and values",
-    "fp16": "computes in bfloat16 on a GPU and in float32 on the CPU, for now",
 }
 
 # name → (what is so, what to do); refused unless it is left at its default, or off.
@@ -115,7 +118,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "accelerator_config": ("has no Accelerator to configure", "leave it out"),
     "parallelism_config": ("is not built yet", "leave it out"),
     "save_on_each_node": ("is not built", "leave it out; give an output_dir that all machines share"),
-    "neftune_noise_alpha": ("is not built yet", "leave it out"),
     "skip_memory_metrics": ("is not built", "leave it out"),
     "dataloader_multiprocessing_context": ("is not built", "leave it out; workers are started as torch does"),
     "dataloader_in_order": ("would let the order of rows depend on time", "leave it out"),
@@ -156,7 +158,7 @@ TRAINS = frozenset(
     per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
     warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 fp16 tf32 seed data_seed
-    dataloader_drop_last train_sampling_strategy load_best_model_at_end
+    neftune_noise_alpha dataloader_drop_last train_sampling_strategy load_best_model_at_end
     """)
 )
 # These change training only where the course of evaluation decides something.

@@ -17,6 +17,7 @@ from burnish.data.loader import Collate, Share, make_loader
 from burnish.model.head import CausalLoss
 from burnish.model.recompute import Recompute
 from burnish.train.distributed import stage_of
+from burnish.train.noise import EmbeddingNoise
 from burnish.train.peers import Peers
 
 NOT_MEASURED: tuple[int, dict[str, float]] = (-1, {})
@@ -43,6 +44,7 @@ class TrainerFrame:
         processing_class: Any = None,
         callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
         loraplus_lr_ratio: float | None = None,
+        pure_bf16: bool = False,
         count_correct: bool = False,
         micro_batch_tokens: str = "auto",
         recompute: Recompute | None = None,
@@ -54,6 +56,7 @@ class TrainerFrame:
         self.processing_class, self.beside_weights = processing_class, beside_weights
         self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
         self.micro_batch_tokens, self.recompute = micro_batch_tokens, recompute
+        self.pure_bf16 = pure_bf16
         self.device: torch.device = args.device
         self.output_dir = Path(args.output_dir)
         reporters = get_reporting_integration_callbacks(args.report_to)
@@ -64,6 +67,7 @@ class TrainerFrame:
         self.peers = Peers()
         self.is_divided = stage_of(args) > 0  # among the processes, by DeepSpeed
         self.update: Any = None  # how weights move, while they do: LocalUpdate or ZeroUpdate
+        self.noise: EmbeddingNoise | None = None  # while it trains, where neftune_noise_alpha asks for it
         self.control = TrainerControl()
         self.state = self.new_state()
         self.tell("on_init_end")

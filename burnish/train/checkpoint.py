@@ -3,7 +3,8 @@
 `checkpoint-N/` has transformers' layout, so its tools read it:
     model*.safetensors | adapter_model.safetensors + adapter_config.json, tokenizer, chat template
     optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json  training_args.bin  burnish.yaml
-    masters.safetensors   the float32 masters, where the model itself is bf16 (train/optimizer.py)
+    masters.safetensors   the float32 masters, where the model itself is bf16 or float16 (train/optimizer.py)
+    scaler.pt             the scale of the loss, where the model is float16 (train/scale.py)
     rng_state_R.pth       in the place of rng_state.pth, of process R of several
     zero/                 in the place of optimizer.pt, every process's part under DeepSpeed
 A folder with that name is whole by construction: a run that is killed in the middle of writing or of deleting one
@@ -188,6 +189,8 @@ def _write(trainer: Trainer, folder: Path, to_go_on: bool) -> None:
     loop = {
         "loss_since_log": trainer.loss_since_log.item(),
         "total_loss": trainer.total_loss,
+        "lost_since_log": int(trainer.lost_since_log.item()),
+        "total_lost": trainer.total_lost,
         "last_logged_step": trainer.last_logged_step,
         "epochs_ended": trainer.epochs_ended,
         "passes": trainer.passes.state(),
@@ -215,9 +218,12 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     if best is not None and not Path(best).is_dir():
         trainer.state.best_model_checkpoint = None
     _load_optimizer(trainer, folder)
+    trainer.overflows_told = trainer.overflows()
     restore_rng(rng)
     trainer.loss_since_log.fill_(rng["loop"]["loss_since_log"])
     trainer.total_loss = rng["loop"]["total_loss"]
+    trainer.lost_since_log.fill_(rng["loop"].get("lost_since_log", 0))
+    trainer.total_lost = rng["loop"].get("total_lost", 0)
     trainer.last_logged_step = rng["loop"]["last_logged_step"]
     trainer.epochs_ended = rng["loop"]["epochs_ended"]
     go_on_from(trainer.train_dataloader, rng["loop"].get("stream"))

@@ -23,6 +23,7 @@ OPTIMIZERS = (  # those of train/optimizer.py, which cannot be imported here
     *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
 )
 OF_TORCH = OPTIMIZERS[:6]  # the others are of bitsandbytes
+OF_PURE_BF16 = OPTIMIZERS[:2]  # those that round at random
 # report_to → packages of which one must be here; what stands nowhere here is left to transformers to look for.
 PACKAGES_OF_REPORTERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -73,6 +74,7 @@ def _ranges(settings: Settings) -> list[Problem]:
         adam_epsilon=not_negative,
         max_grad_norm=not_negative,
         label_smoothing_factor=share,
+        neftune_noise_alpha=not_negative,
         eval_delay=not_negative,
         save_total_limit=at_least_1,
         ddp_timeout=(lambda v: v >= 1, "is not at least 1", "give a number of seconds"),
@@ -91,7 +93,18 @@ def _ranges(settings: Settings) -> list[Problem]:
 def _precision(settings: Settings) -> list[Problem]:
     if settings.value("fp16") and settings.value("bf16"):
         return [settings.problem("fp16", "and bf16 exclude each other", "leave one of them out")]
-    return []
+    if not settings.value("pure_bf16"):
+        return []
+    found = []
+    if settings.value("fp16"):
+        found.append(settings.problem("pure_bf16", "and fp16 exclude each other", "leave one of them out"))
+    if settings.value("deepspeed"):
+        message = "is not built with deepspeed, which keeps float32 of what it divides"
+        found.append(settings.problem("pure_bf16", message, "use bf16: true with deepspeed, or leave deepspeed out"))
+    if settings.value("optim") in OPTIMIZERS and settings.value("optim") not in OF_PURE_BF16:
+        remedy = f"choose one of {', '.join(OF_PURE_BF16)}, or bf16 in the place of pure_bf16"
+        found.append(settings.problem("optim", "is not built for pure_bf16", remedy))
+    return found
 
 
 def _processes(settings: Settings) -> list[Problem]:

@@ -65,6 +65,7 @@ class ZeroUpdate:
             warnings.simplefilter("ignore")
             self.engine: Any = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=config)[0]
         self._processes = torch.distributed.get_world_size()
+        self.scale = None  # fp16 computes in bf16 under ZeRO
 
     def forward(self, batch: Batch) -> Tensor:
         return self.engine(batch).loss

@@ -1,10 +1,11 @@
 """The optimizer, its float32 masters, and the learning rate.
 
-One rule of precision: the model computes in its own dtype (bf16 or float32), what is trained is kept in float32. For a
-bf16 model that means a float32 master of each trained weight: gradients are added up in it, the optimizer moves it,
-and after the step the model gets its rounding. A float32 model is its own master. So the weights that a checkpoint
-saves are exactly those that the forward pass used, and small updates are not lost (Micikevicius et al., arXiv
-1710.03740).
+One rule of precision: the model computes in its own dtype (bf16, float16 or float32), what is trained is kept in
+float32. For a bf16 model that means a float32 master of each trained weight: gradients are added up in it, the
+optimizer moves it, and after the step the model gets its rounding. A float32 model is its own master. So the weights
+that a checkpoint saves are exactly those that the forward pass used, and small updates are not lost (Micikevicius et
+al., arXiv 1710.03740). The loss of a float16 model is scaled besides (scale.py). `pure_bf16` alone does without masters
+(rounding.py).
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from burnish.errors import Problem, UserError
 from burnish.model.head import CausalLoss
 from burnish.model.patch import shape_of
 from burnish.train.peers import Peers, add_gradients, share_weights
+from burnish.train.rounding import Sums
+from burnish.train.scale import LossScale, computes_in_float16
 from burnish.types import Batch
 
 MASTERS_FILE = "masters.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
+SCALE_FILE = "scaler.pt"
 
 # name → (where it comes from, class, fixed keywords). transformers' names; each takes the adam_* settings that it has.
 OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -47,6 +51,9 @@ OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "paged_lion_32bit": ("bitsandbytes.optim", "Lion", {"is_paged": True}),
     "paged_lion_8bit": ("bitsandbytes.optim", "Lion", {"optim_bits": 8, "is_paged": True}),
 }
+
+# The same over bf16 weights and moments, which are rounded at random.
+PURE_BF16 = dict.fromkeys(("adamw_torch", "adamw_torch_fused"), ("burnish.train.rounding", "AdamW", {}))
 
 
 class Masters:
@@ -109,8 +116,8 @@ def _give_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 class Outcome(NamedTuple):
     """What became of an update."""
 
-    updated: bool  # False where it is known that nothing was moved
-    must_not: Tensor  # bool on the device: something was not finite, and nothing was moved
+    updated: bool  # False where it is known that nothing was moved, and that the run stops there
+    must_not: Tensor  # bool on the device: something was not finite, nothing was moved, and the run stops there
     norm: Tensor  # of the gradients before clipping
 
 
@@ -118,33 +125,63 @@ class LocalUpdate:
     """How the weights of an optimizer step move where each process holds all of them.
 
     A step: `forward` and `backward` of each pass, `gather_gradients`, `step`, `zero_grad`.
+
+    `pure_bf16`: a bf16 model is its own master, in bf16, and is rounded at random.
     """
 
-    def __init__(self, objective: CausalLoss, args: Any, peers: Peers, *, loraplus_lr_ratio: float | None = None):
+    def __init__(
+        self,
+        objective: CausalLoss,
+        args: Any,
+        peers: Peers,
+        *,
+        loraplus_lr_ratio: float | None = None,
+        pure_bf16: bool = False,
+    ):
         self.objective, self.peers = objective, peers
         self.bucket_mib = args.ddp_bucket_cap_mb
         share_weights([weight for weight in objective.model.parameters() if weight.requires_grad], peers)
-        self.masters = Masters(objective.model)
-        self.weights = self.masters.by_name
-        self.optimizer = create_optimizer(args, self.weights, loraplus_lr_ratio=loraplus_lr_ratio)
+        self.masters = None if pure_bf16 else Masters(objective.model)
+        self.weights = self.masters.by_name if self.masters else trained_weights(objective.model)
+        self.sums = Sums(self.weights) if pure_bf16 else None
+        self.optimizer = create_optimizer(args, self.weights, loraplus_lr_ratio=loraplus_lr_ratio, pure_bf16=pure_bf16)
+        self.scale = LossScale(args.device) if computes_in_float16(objective.model) else None
 
     def forward(self, batch: Batch) -> Tensor:
         return self.objective(batch).loss
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
+        (loss if self.scale is None else loss * self.scale.value).backward()
 
     def gather_gradients(self, max_norm: float) -> None:
         """The gradients of all processes added up, and their norm limited to `max_norm` (0: not limited)."""
+        if self.sums is not None:
+            self.sums.give_back()
         add_gradients(list(self.weights.values()), self.peers, self.bucket_mib)
         moving = [weight for weight in self.weights.values() if weight.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm([weight.grad for weight in moving if weight.grad is not None])
+        gradients = [weight.grad for weight in moving if weight.grad is not None]
+        if self.scale is not None:
+            self.scale.unscale(gradients)
+        self._norm = _norm(gradients)
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(moving, max_norm, self._norm)
 
     def step(self, check: Callable[..., Tensor], loss: Tensor) -> Outcome:
+        if self.scale is not None:
+            return self._step_unless_it_overflows(check, loss, self.scale)
         must_not = check(loss, self._norm)
         return Outcome(self._update_unless(must_not), must_not, self._norm)
+
+    def _step_unless_it_overflows(self, check: Callable[..., Tensor], loss: Tensor, scale: LossScale) -> Outcome:
+        """A step that overflows is left out and the run goes on, its schedule too, so that nobody need wait to know.
+
+        Loss and gradients are sums over the processes: all of them come to the same.
+        """
+        overflow = ~(torch.isfinite(loss) & torch.isfinite(self._norm))
+        scale.update(overflow)
+        must_not = check(scale.or_nan())
+        self._update_unless(overflow | must_not)
+        return Outcome(True, must_not, self._norm)
 
     def _update_unless(self, must_not: Tensor) -> bool:
         """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
@@ -153,36 +190,60 @@ class LocalUpdate:
         elif must_not.item():
             return False
         self.optimizer.step()
-        self.masters.publish()
+        if self.masters is not None:
+            self.masters.publish()
         return True
 
     def zero_grad(self) -> None:
+        if self.sums is not None:
+            self.sums.forget()
         self.optimizer.zero_grad(set_to_none=True)
 
     def settle(self) -> None:
         """After an evaluation there is nothing under way."""
 
     def release(self) -> None:
-        self.masters.release()
+        for part in (self.masters, self.sums):
+            if part is not None:
+                part.release()
 
     def save(self, folder: Path) -> None:
-        """optimizer.pt, and the float32 masters where the model's own file does not hold them."""
+        """optimizer.pt, the float32 masters where the model's own file does not hold them, and the loss's scale."""
         torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_FILE)
-        if masters := self.masters.state_dict():
+        if self.masters is not None and (masters := self.masters.state_dict()):
             save_file(masters, folder / MASTERS_FILE)
+        if self.scale is not None:
+            torch.save(self.scale.state_dict(), folder / SCALE_FILE)
 
     def load(self, folder: Path) -> None:
         if not (folder / OPTIMIZER_FILE).is_file():
             remedy = "go on with the same --deepspeed, or begin anew from it as a model"
             raise UserError(Problem(str(folder), "", None, "was written under ZeRO and cannot be resumed", remedy))
         device = next(iter(self.weights.values())).device
-        if (folder / MASTERS_FILE).is_file():
+        if self.masters is not None and (folder / MASTERS_FILE).is_file():
             self.masters.load_state_dict(load_file(folder / MASTERS_FILE, device=str(device)))
         self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location=device))
+        if self.scale is not None and (folder / SCALE_FILE).is_file():
+            self.scale.load_state_dict(torch.load(folder / SCALE_FILE))
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all of them together, in float32 whatever they are in."""
+    if not gradients or gradients[0].dtype == torch.float32:
+        return torch.nn.utils.get_total_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
 
 
 def create_optimizer(
-    args: Any, weights: dict[str, nn.Parameter], *, loraplus_lr_ratio: float | None = None
+    args: Any,
+    weights: dict[str, nn.Parameter],
+    *,
+    loraplus_lr_ratio: float | None = None,
+    pure_bf16: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer that `args.optim` names, over groups with and without weight decay.
 
@@ -192,7 +253,12 @@ def create_optimizer(
     name = getattr(args.optim, "value", args.optim)
     if name not in OPTIMIZERS:
         raise UserError(Problem("--optim", "optim", name, "is not one of " + ", ".join(OPTIMIZERS)))
-    module_name, class_name, fixed = OPTIMIZERS[name]
+    if pure_bf16 and name not in PURE_BF16:
+        remedy = f"choose one of {', '.join(PURE_BF16)}, or bf16 in the place of pure_bf16"
+        raise UserError(Problem("--optim", "optim", name, "is not built for pure_bf16", remedy))
+    module_name, class_name, fixed = (PURE_BF16 if pure_bf16 else OPTIMIZERS)[name]
+    if pure_bf16:
+        fixed = {"seed": args.seed}
     try:
         optimizer_class = getattr(importlib.import_module(module_name), class_name)
     except ImportError:

@@ -12,6 +12,7 @@ Left out: the making of data sets.
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from itertools import islice
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
-from burnish import ranks
+from burnish import console, ranks
 from burnish.data.loader import order_of, position_of
 from burnish.errors import Problem, RunStopped, UserError
 from burnish.model.head import unwrap
@@ -32,6 +33,7 @@ from burnish.train import checkpoint
 from burnish.train.base import NOT_MEASURED
 from burnish.train.evaluate import Evaluation
 from burnish.train.interrupt import STOPPING, Interrupt
+from burnish.train.noise import EmbeddingNoise
 from burnish.train.nonfinite import NOT_AGAIN, FiniteGuard, StepRecord, diagnose
 from burnish.train.optimizer import LocalUpdate, create_scheduler, current_learning_rate, steps_on_metric
 from burnish.train.passes import Passes
@@ -69,8 +71,9 @@ class Trainer(Evaluation):
 
     def _prepare(self, resume: Path | None) -> None:
         """Weights, optimizer, schedule and state: new, or as they were at the checkpoint."""
-        if self.update is not None:  # of a training before this one
-            self.update.release()
+        for part in (self.update, self.noise):  # of a training before this one
+            if part is not None:
+                part.release()
         set_seed(self.args.seed)
         self.train_dataloader = self.get_train_dataloader()
         streamed = not hasattr(self.train_dataset, "__len__")
@@ -78,11 +81,16 @@ class Trainer(Evaluation):
         if resume is not None and not self.is_divided:
             load_weights(self.model, resume)
         self.update = self._make_update()
+        alpha = self.args.neftune_noise_alpha
+        self.noise = EmbeddingNoise(self.objective, alpha) if alpha else None
         self.optimizer = self.update.optimizer
         self.lr_scheduler = create_scheduler(self.args, self.optimizer, self.steps.total)
         self.guard = FiniteGuard(self.device)
         self.loss_since_log = torch.zeros((), device=self.device)  # mean losses of the steps since then, added up
         self.total_loss = 0.0  # the same over all steps that were logged
+        self.lost_since_log = torch.zeros((), dtype=torch.int64, device=self.device)  # steps whose loss overflowed
+        self.total_lost = 0
+        self.overflows_told = 0
         self.last_logged_step = 0
         self.measured = NOT_MEASURED
         self.last_saved_step = -1
@@ -104,7 +112,8 @@ class Trainer(Evaluation):
 
     def _make_update(self) -> Any:
         if not self.is_divided:
-            return LocalUpdate(self.objective, self.args, self.peers, loraplus_lr_ratio=self.loraplus_lr_ratio)
+            how: dict[str, Any] = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "pure_bf16": self.pure_bf16}
+            return LocalUpdate(self.objective, self.args, self.peers, **how)
         from burnish.train.deepspeed import ZeroUpdate
 
         return ZeroUpdate(
@@ -164,7 +173,10 @@ class Trainer(Evaluation):
         self.update.zero_grad()
 
         # 4. What callbacks, logs and people see.
-        self.loss_since_log += step_loss.masked_fill(must_not, 0.0)  # a checkpoint of before a bad step keeps this sum
+        finite = torch.isfinite(step_loss)
+        # A checkpoint of before a bad step keeps this sum.
+        self.loss_since_log += step_loss.masked_fill(must_not | ~finite, 0.0)
+        self.lost_since_log += ~(must_not | finite)
         self.state.global_step += 1
         batches_done = step_of_epoch * self.steps.accumulation + len(batches)
         self.state.epoch = epoch + batches_done / self.steps.batches_per_epoch
@@ -202,14 +214,7 @@ class Trainer(Evaluation):
 
     def _maybe_log_save_evaluate(self) -> None:
         if self.control.should_log and self.state.global_step > self.last_logged_step:
-            loss, steps = self.loss_since_log.item(), self.state.global_step - self.last_logged_step
-            logs = {"loss": loss / steps, "learning_rate": self._learning_rate}
-            if self._grad_norm is not None:
-                logs["grad_norm"] = self._grad_norm.item()
-            self.total_loss += loss
-            self.loss_since_log.zero_()
-            self.last_logged_step = self.state.global_step
-            self.log(logs)
+            self._log_steps()
         if self.control.should_evaluate:
             metrics = self.evaluate()
             self.measured = (self.state.global_step, metrics)
@@ -221,6 +226,36 @@ class Trainer(Evaluation):
         if self.control.should_save:
             checkpoint.save(self)
             self.tell("on_save")
+
+    def _log_steps(self) -> None:
+        """What has happened since the last log, or since the run began."""
+        loss, steps = self.loss_since_log.item(), self.state.global_step - self.last_logged_step
+        lost = int(self.lost_since_log.item())
+        logs = {"loss": loss / (steps - lost)} if steps > lost else {}
+        logs["learning_rate"] = self._learning_rate
+        if self._grad_norm is not None and math.isfinite(norm := self._grad_norm.item()):
+            logs["grad_norm"] = norm
+        if self.update.scale is not None:
+            logs |= {"loss_scale": self.update.scale.value.item(), "overflows": self._tell_overflows()}
+        self.total_loss += loss
+        self.total_lost += lost
+        self.loss_since_log.zero_()
+        self.lost_since_log.zero_()
+        self.last_logged_step = self.state.global_step
+        self.log(logs)
+
+    def overflows(self) -> int:
+        """How many steps have overflowed since the run began, over all that it was resumed from."""
+        return 0 if self.update.scale is None else int(self.update.scale.overflows.item())
+
+    def _tell_overflows(self) -> int:
+        overflows = self.overflows()
+        if new := overflows - self.overflows_told:
+            steps = "step overflowed and was" if new == 1 else "steps overflowed and were"
+            scale = self.update.scale.value.item()
+            console.warn(f"step {self.state.global_step}: {new} {steps} left out; the loss is scaled by {scale:g} now")
+        self.overflows_told = overflows
+        return overflows
 
     def _stop_if_not_finite(self) -> None:
         control = self.control
@@ -236,9 +271,12 @@ class Trainer(Evaluation):
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         saved = f"; the weights from before it are in {checkpoint.save(self)}" if self.state.global_step else ""
+        what, instead = "the loss or its gradient is not finite", "without --bf16"
+        if self.update.scale is not None:
+            what, instead = f"{what}, however little the loss is scaled", "with --bf16 in the place of --fp16"
         raise RunStopped(
-            f"step {record.step}: the loss or its gradient is not finite. The step was not applied{saved}.\n{details}\n"
-            "Look at these rows, lower --learning_rate or --max_grad_norm, or train without --bf16.",
+            f"step {record.step}: {what}. The step was not applied{saved}.\n{details}\n"
+            f"Look at these rows, lower --learning_rate or --max_grad_norm, or train {instead}.",
             status=1,
         )
 
@@ -269,13 +307,18 @@ class Trainer(Evaluation):
         tokens = self.state.num_input_tokens_seen - first_tokens
         metrics = speed_metrics("train", started, num_samples=samples, num_steps=steps, num_tokens=tokens)
         self.total_loss += self.loss_since_log.item()
-        train_loss = self.total_loss / max(self.state.global_step, 1)
+        self.total_lost += int(self.lost_since_log.item())
+        train_loss = self.total_loss / max(self.state.global_step - self.total_lost, 1)
         metrics |= {"total_flos": self.state.total_flos, "train_loss": train_loss}
+        if self.update.scale is not None:
+            metrics["overflows"] = self._tell_overflows()
         self.log(metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             load_weights(self.model, Path(self.state.best_model_checkpoint))
             if self.state.best_global_step != self.state.global_step:
                 self.measured = NOT_MEASURED
+        if self.noise is not None:
+            self.noise.release()
         self.peers.wait()
         self.tell("on_train_end")
         return TrainOutput(self.state.global_step, train_loss, metrics)

@@ -36,7 +36,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             message = "is a device that burnish does not train on"
             raise UserError(Problem("this machine", accelerator.type, None, message, "set use_cpu: true"))
         on_cpu = self.use_cpu or accelerator is None
-        if self.fp16:
+        if self.fp16 and (on_cpu or self.deepspeed):
             self.fp16 = False
             self.bf16 = not on_cpu
             instead = "float32" if on_cpu else "bf16, which has the range of float32 and needs no scaling of the loss"

@@ -53,6 +53,10 @@ class FinetuningArguments:
     create_new_adapter: bool = field(
         default=False, metadata={"help": "lora: merge the given adapters and train a new one, not the last of them."}
     )
+    pure_bf16: bool = field(
+        default=False,
+        metadata={"help": "Keep trained weights and optimizer in bf16 alone, rounded at random; means bf16 compute."},
+    )
     plot_loss: bool = field(default=False, metadata={"help": "Save the curves of the loss as pictures."})
     compute_accuracy: bool = field(default=False, metadata={"help": "Evaluation also counts tokens guessed right."})
     early_stopping_steps: int | None = field(

@@ -7,6 +7,7 @@ Skipped, with the reason, where there is no CUDA device.
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from burnish.model.qwen import QWenLMHeadModel
 from burnish.model.qwen_config import QWenConfig
 from burnish.train.checkpoint import last_checkpoint
 from burnish.train.passes import AUTO
+from burnish.train.rounding import round_at_random
 from burnish.tuning.blocks import find_blocks
 from burnish.tuning.fuse import fuse_lora, fuse_mlp
 
@@ -268,11 +270,11 @@ def test_zero_trains_on_a_gpu_what_the_plain_run_does(tmp_path, stage, precision
     words = [*make_run(tmp_path), "--finetuning_type", "full", "--per_device_train_batch_size", "4", *precision]
     words += ["--eval_on_start"]  # shows ZeRO another course through the layers than training takes
     config = ROOT / "examples" / "deepspeed" / f"ds_z{stage}_config.json"
-    plain = run(1, [*words, "--output_dir", str(tmp_path / "plain")])
-    run(1, [*words, "--output_dir", str(tmp_path / "zero"), "--deepspeed", str(config)])
+    run(1, [*words, "--output_dir", str(tmp_path / "plain")])
+    divided = run(1, [*words, "--output_dir", str(tmp_path / "zero"), "--deepspeed", str(config)])
     assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "plain"), rel=rounding)
     assert weights(tmp_path / "zero").keys() == weights(tmp_path / "plain").keys()
-    assert ("computing in bf16" in plain) == ("--fp16" in precision)
+    assert ("computing in bf16" in divided) == ("--fp16" in precision)
 
 
 @pytest.mark.filterwarnings("ignore:Requested unified CUBLASLT workspace")  # full_determinism made it small
@@ -294,3 +296,74 @@ def test_the_first_qwen_takes_the_fast_path_and_gives_the_loss_of_its_documents(
     alone.backward()
     assert packed.item() == pytest.approx(alone.item(), rel=rounding)
     assert distance(gradient, model.transformer.h[0].attn.c_attn.weight.grad) < 10 * rounding
+
+
+# ---- precision: written where there was no GPU, not yet run on one ------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_fp16_computes_in_float16_with_a_scaled_loss(tmp_path, method):
+    words = [*make_run(tmp_path), "--finetuning_type", method, "--per_device_train_batch_size", "4"]
+    words[words.index("--learning_rate") + 1] = "1e-3"
+    run(1, [*words, "--output_dir", str(tmp_path / "float32")])
+    said = run(1, [*words, "--output_dir", str(tmp_path / "float16"), "--fp16"])
+    assert "fp16 is not used" not in said
+    assert losses(tmp_path / "float16") == pytest.approx(losses(tmp_path / "float32"), rel=2e-2)
+    assert {weight.dtype for weight in weights(tmp_path / "float16").values()} == {torch.float16}
+    logged = json.loads((tmp_path / "float16" / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["loss_scale"] >= 1 for entry in logged if "loss" in entry)
+    assert (tmp_path / "float16" / "checkpoint-3" / "scaler.pt").is_file()
+
+
+def test_fp16_asks_the_device_nothing_between_two_logs(tmp_path):
+    """What overflows is left out by the fused optimizer, with no step that waits."""
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("error" if 0 < state.global_step < 9 else "default")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("default")
+
+    class Break(TrainerCallback):
+        hook = None
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                blow_up = lambda *call: call[-1] * 1e8  # noqa: E731
+                self.hook = model.get_input_embeddings().register_forward_hook(blow_up)
+                self.before = model.model.norm.weight.detach().clone()
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 5:
+                self.hook.remove()
+                self.after = model.model.norm.weight.detach().clone()
+
+    broken = Break()
+    model = small_model(dtype=torch.float16, head_dim=16).to(DEVICE)
+    args = on_device(tmp_path, logging_steps=10, max_steps=10, dataloader_pin_memory=True)
+    run = trainer(model, args, samples(40), callbacks=[broken, Watch()])
+    run.train()
+    assert torch.equal(broken.before, broken.after)
+    logged = run.state.log_history[0]
+    assert logged["overflows"] >= 1 and 3 < logged["loss"] < 8
+
+
+def test_pure_bf16_rounds_at_random_on_the_device_and_waits_for_nothing(tmp_path):
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("error" if 1 < state.global_step < 9 else "default")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("default")
+
+    found = []
+    for pure in (True, False):
+        model = small_model(dtype=torch.bfloat16, head_dim=16).to(DEVICE)
+        args = on_device(tmp_path, logging_steps=10, max_steps=20, learning_rate=2e-3, dataloader_pin_memory=True)
+        run = trainer(model, args, samples(40), callbacks=[Watch()] if pure else [], pure_bf16=pure)
+        run.train()
+        found.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+    drawn = round_at_random(torch.full((100_000,), 1.001, device=DEVICE), torch.Generator(DEVICE).manual_seed(0))
+    assert drawn.double().mean().item() == pytest.approx(1.001, rel=1e-4)

@@ -66,6 +66,16 @@ def run(processes: int, words: list[str], status: int = 0) -> str:
     return output
 
 
+def run_script(processes: int, script: Path, *words: str) -> None:
+    """A program of Python in so many processes under torchrun, for what no command does."""
+    command = [sys.executable, str(script), *words]
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*torchrun, *command[1:]]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def losses(folder: Path) -> list[float]:
     """Of training and evaluation, in the order in which they were logged."""
     lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
