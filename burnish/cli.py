@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from burnish import console, ranks
+from burnish.environment import quiet_bitsandbytes
 from burnish.errors import Problem, RunStopped, UserError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def _run(words: list[str]) -> int:
     command, rest = words[0].removeprefix("--"), words[1:]
     if command not in COMMANDS:
         raise UserError(_no_command(words[0]))
+    quiet_bitsandbytes()
     COMMANDS[command](rest)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -56,6 +57,11 @@ def quiet_deepspeed() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def quiet_bitsandbytes() -> None:
+    """Where it is installed, peft imports it, and on some CPUs it warns of kernels that it lacks and nobody wants."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _lines(path: str) -> list[tuple[str, str]]:

@@ -45,11 +45,11 @@ def lora_run(fixture_path, tmp_path_factory):
 
 
 def test_the_issue_has_a_recipe_for_each_stage_and_method():
-    assert set(TRAINING) == {f"train_{kind}.yaml" for kind in ("pt", "sft_full", "sft_lora", "sft_freeze")}
+    assert set(TRAINING) == {f"train_{kind}.yaml" for kind in ("pt", "sft_full", "sft_lora", "sft_qlora", "sft_freeze")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(TRAINING) - {"train_sft_lora.yaml"}))
+@pytest.mark.parametrize("name", sorted(set(TRAINING) - {"train_sft_lora.yaml", "train_sft_qlora.yaml"}))
 def test_a_recipe_that_trains_the_model_itself_leaves_a_whole_model(name, fixture_path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     output_dir = run(name, fixture_path("smollm2"), tmp_path / "out", eval_strategy="no", save_strategy="no")
@@ -66,6 +66,17 @@ def test_the_lora_recipe_leaves_every_file_that_the_readme_lists(lora_run):
     log = [json.loads(line) for line in (lora_run / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [entry["current_steps"] for entry in log if "loss" in entry] == [1, 2]
     assert (lora_run / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_quantized_recipe_leaves_an_adapter_for_the_whole_model(fixture_path, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(ROOT)
+    output_dir = run("train_sft_qlora.yaml", fixture_path("smollm2"), tmp_path / "out", eval_steps=1)
+    left = {path.name for path in output_dir.iterdir()}
+    assert left >= ADAPTER and not left & WHOLE_MODEL
+    log = [json.loads(line) for line in (output_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sum("loss" in entry for entry in log) == 2 and sum("eval_loss" in entry for entry in log) >= 2
 
 
 def test_the_chat_recipe_answers_with_what_the_lora_recipe_left(lora_run, fixture_path):

@@ -72,7 +72,11 @@ ALSO_CALLED = {
 }
 
 # (name, old value) → today's value
-VALUES: dict[tuple[str, str], str] = {("flash_attn", "true"): "auto", ("flash_attn", "false"): "disabled"}
+VALUES: dict[tuple[str, str], str] = {
+    ("flash_attn", "true"): "auto",
+    ("flash_attn", "false"): "disabled",
+    ("quantization_method", "bitsandbytes"): "bnb",
+}
 
 _ARITHMETIC = "PyTorch's own arithmetic is the only one"
 # Accepted, does nothing: what happens anyway or instead.

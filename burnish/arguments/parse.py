@@ -43,8 +43,8 @@ ROOMS = {
 }
 # Old names that concern a command though they are no settings of today: they would change its answers, or its files.
 CONCERN = {
-    "chat": {"quantization_bit", "infer_backend"},
-    "api": {"quantization_bit", "infer_backend"},
+    "chat": {"infer_backend"},
+    "api": {"infer_backend"},
     "export": {"export_legacy_format", *OF_EXPORT},
     "preview": set(),
 }

@@ -21,11 +21,7 @@ def _names(text: str, reason: str, remedy: str) -> dict[str, tuple[str, str]]:
 # At these values nothing is asked for.
 OFF_VALUES = {"", "false", "no", "none", "null", "0", "0.0", "[]", "{}"}
 REFUSED: dict[str, tuple[str, str]] = {
-    **_names(
-        "quantization_bit quantization_method quantization_type double_quantization quantization_device_map",
-        "is not built yet",
-        "leave it out and train with bf16: true",
-    ),
+    **_names("quantization_device_map", "is not built", "leave it out: the model is held by one device"),
     **_names(" ".join(OF_EXPORT), "is not built yet", "leave it out; the weights are exported in their own dtype"),
     **_names("eval_num_beams", "is not built yet", "ask the tuned model with burnish chat, and set num_beams"),
     **_names("master_addr master_port", "is said to the launcher", "set MASTER_ADDR and MASTER_PORT"),
@@ -108,7 +104,6 @@ REFUSED: dict[str, tuple[str, str]] = {
 }
 # Settings of something that is off: their own defaults ask for nothing either.
 DEFAULTS_OF_REFUSED: dict[str, str] = {
-    "quantization_method": "bnb", "quantization_type": "nf4", "double_quantization": "true",
     "export_quantization_nsamples": "128", "export_quantization_maxlen": "1024",
     "pref_beta": "0.1", "pref_loss": "sigmoid", "kto_chosen_weight": "1", "kto_rejected_weight": "1",
     "simpo_gamma": "0.5", "ppo_buffer_size": "1", "ppo_epochs": "4", "ppo_target": "6", "reward_model_type": "lora",
@@ -137,6 +132,10 @@ ASK_WHEN_OFF = {"freeze_vision_tower", "freeze_multi_modal_projector"}
 REFUSED_VALUES: dict[tuple[str, str], tuple[str, str]] = {
     **{("stage", stage): ("is not built yet", "choose pt or sft") for stage in ("rm", "dpo", "kto", "ppo")},
     ("finetuning_type", "oft"): ("is not something burnish has", "choose full, freeze or lora"),
+    **{
+        ("quantization_method", method): ("is a library that burnish does not use", "leave it out: bnb is the only one")
+        for method in ("hqq", "eetq")
+    },
     ("mix_strategy", "interleave_once"): ("is not built", "choose interleave_under or interleave_over"),
 }
 

@@ -36,7 +36,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tens
     return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
 
 
-def _forward(
+def forward_of(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(y, t) of the formula."""
@@ -53,7 +53,7 @@ def _forward(
     return y.addmm_(x, weight.T), inner
 
 
-def _backward(
+def backward_of(
     grad_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(∂x, ∂A, ∂B); ∂x is empty where nobody asks for it."""
@@ -65,7 +65,7 @@ def _backward(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        y, inner = _forward(x, weight, bias, a, b, scale)
+        y, inner = forward_of(x, weight, bias, a, b, scale)
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
         return y
@@ -73,7 +73,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, a, b, inner = ctx.saved_tensors
-        grad_x, grad_a, grad_b = _backward(grad_y, x, weight, a, b, inner, ctx.scale, ctx.needs_input_grad[0])
+        grad_x, grad_a, grad_b = backward_of(grad_y, x, weight, a, b, inner, ctx.scale, ctx.needs_input_grad[0])
         return grad_x if ctx.needs_input_grad[0] else None, None, None, grad_a, grad_b, None
 
 
@@ -89,8 +89,8 @@ _library.define(
     "bool needs_x) -> (Tensor, Tensor, Tensor)"
 )
 for _key in ("CPU", "CUDA"):
-    _library.impl("lora_linear", _forward, _key)
-    _library.impl("lora_linear_backward", _backward, _key)
+    _library.impl("lora_linear", forward_of, _key)
+    _library.impl("lora_linear_backward", backward_of, _key)
 
 
 @torch.library.register_fake("burnish::lora_linear", lib=_library)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -56,6 +58,19 @@ class ModelArguments:
             "sdpa is torch's over padded rows, disabled (off) is the model's own plain code."
         },
     )
+    quantization_bit: int | None = field(
+        default=None,
+        metadata={"help": "Hold the blocks' frozen weights in 4 or 8 bits, through bitsandbytes (lora, chat)."},
+    )
+    quantization_method: Literal["bnb"] = field(
+        default="bnb", metadata={"help": "The library that quantizes: bnb is bitsandbytes, the only one."}
+    )
+    quantization_type: Literal["nf4", "fp4"] = field(
+        default="nf4", metadata={"help": "quantization_bit 4: the sixteen numbers that a weight can be."}
+    )
+    double_quantization: bool = field(
+        default=True, metadata={"help": "quantization_bit 4: hold the scales in 8 bits too."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
     use_kv_cache: bool = field(default=True, metadata={"help": "Keep keys and values between generated tokens."})
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = field(
@@ -82,6 +97,8 @@ DO_NOT_TRAIN = {"cache_dir", "hf_hub_token", "use_fast_tokenizer", "use_kv_cache
 
 def problems(settings: Settings) -> list[Problem]:
     found = _export_problems(settings) if settings.command == "export" else []
+    if settings.command not in ("export", "preview"):
+        found += _quantization_problems(settings)
     if settings.command not in ("train", "preview") and _asks_a_whole_model(settings):
         return found
     model = settings.value("model_name_or_path")
@@ -100,6 +117,34 @@ def _export_problems(settings: Settings) -> list[Problem]:
     if not settings.value("export_dir") and not settings.is_faulty("export_dir"):
         found.append(settings.missing("export_dir", "give the folder for the exported model"))
     return found
+
+
+def _quantization_problems(settings: Settings) -> Iterator[Problem]:
+    bits = settings.value("quantization_bit")
+    if bits not in (None, 4, 8):
+        yield settings.problem("quantization_bit", "is not 4 or 8", "4 takes the least memory, 8 rounds less")
+        return
+    for name in ("quantization_type", "double_quantization"):
+        if bits != 4 and settings.differs_from_default(name) and not settings.is_faulty("quantization_bit"):
+            message = f"does nothing with{'' if bits else 'out'} quantization_bit: {bits or 4}"
+            yield settings.problem(name, message, "leave it out, or set quantization_bit: 4")
+    if bits is None:
+        return
+    if find_spec("bitsandbytes") is None:
+        message = "needs bitsandbytes, which is not here"
+        yield settings.problem("quantization_bit", message, "pip install 'burnish[quant]'")
+    if settings.command == "train" and not settings.is_faulty("finetuning_type"):
+        method = settings.value("finetuning_type")
+        if method != "lora":
+            message = f"is of frozen weights, and finetuning_type: {method} trains them"
+            yield settings.problem("quantization_bit", message, "set finetuning_type: lora, or leave it out")
+        if settings.value("pissa_init"):
+            message = "takes the weights apart, which quantized ones are not exact enough for"
+            yield settings.problem("pissa_init", message, "leave it out, or leave quantization_bit out")
+        if settings.value("create_new_adapter"):
+            message = "merges adapters into weights that are quantized"
+            remedy = "export base and adapters into one model with burnish export, and give that as the model"
+            yield settings.problem("create_new_adapter", message, remedy)
 
 
 def _asks_a_whole_model(settings: Settings) -> bool:

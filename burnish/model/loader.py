@@ -26,6 +26,7 @@ from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
 from burnish.model.patch import gathered, shape_of, size_of
 from burnish.model.positions import scale_positions
+from burnish.model.quantized import exchange_forwards, quantization
 from burnish.model.source import find_model, first_line, is_native, model_problems, read_json, runs_own_code
 
 SHOWN = 4  # names of weights or tokens in a message; more would hide what it says
@@ -57,14 +58,19 @@ def load_model(
     config = _load_config(folder, args)
     if args.rope_scaling is not None:
         scale_positions(config.get_text_config(), args.rope_scaling, max_length, place=str(args.model_name_or_path))
+    quantized = quantization(args, dtype)
+    on_cpu = torch.device(device).type == "cpu" and quantized is None  # left open, a quantized one goes to the GPU
     model = _load_weights(
         folder,
         config,
         args,
         dtype=dtype,
         attn_implementation=_attention_name(args.flash_attn),
-        device_map=None if torch.device(device).type == "cpu" else {"": device},  # no copy on the CPU in between
+        device_map=None if on_cpu else {"": device},  # no copy on the CPU in between
+        quantization_config=quantized,
     )
+    if quantized is not None:
+        exchange_forwards(model)
     model.name_or_path = model.config.name_or_path = _name_to_keep(args, folder)
     _mend_generation_config(model)
     if not trainable:  # training passes use_cache=False with every batch, and saves the setting as it was published
@@ -109,7 +115,10 @@ def _load_config(folder: Path, args: ModelArguments) -> PreTrainedConfig:
 
 
 def _load_weights(folder: Path, config: PreTrainedConfig, args: ModelArguments, **how: Any) -> PreTrainedModel:
-    """`how`: dtype, attn_implementation, device_map. Not one weight may be missing; those left over are said."""
+    """`how`: dtype, attn_implementation, device_map, quantization_config.
+
+    Not one weight may be missing; those left over are said.
+    """
     place = str(args.model_name_or_path)
     load: Any = AutoModelForCausalLM.from_pretrained
     try:

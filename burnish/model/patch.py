@@ -65,7 +65,9 @@ def swiglu_layers(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module] | 
 
 
 def size_of(parameter: Any) -> int:
-    """Elements of a parameter, gathered or not."""
+    """Elements of a parameter, gathered or not; bitsandbytes holds two in a byte."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return parameter.quant_state.shape.numel()
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 

@@ -180,7 +180,13 @@ def _type_problems(place: str, config: dict[str, Any], args: ModelArguments) -> 
     if quantization:
         method = quantization.get("quant_method", "unknown")
         found.append(
-            Problem(place, "", None, f"holds weights quantized by {method}", "give the model in bfloat16 or float32")
+            Problem(
+                place,
+                "",
+                None,
+                f"holds weights quantized by {method}",
+                "give the model in bfloat16 or float32; quantization_bit: 4 then quantizes it as it is loaded",
+            )
         )
     model_type = config.get("model_type")
     known = model_type in CONFIG_MAPPING or model_type in NATIVE

@@ -9,6 +9,8 @@ Without `trainable` nothing is trained: adapters are merged and the model is rea
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,10 +19,11 @@ from burnish import console
 from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
 from burnish.model.patch import size_of
+from burnish.model.quantized import is_quantized
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import text_modules
 from burnish.tuning.freeze import init_freeze
-from burnish.tuning.lora import init_lora, merge_adapters
+from burnish.tuning.lora import init_lora, load_adapter, merge_adapters
 
 
 def init_adapter(
@@ -28,8 +31,14 @@ def init_adapter(
 ) -> PreTrainedModel | PeftModel:
     """The model to train (`requires_grad` set on every parameter), or to ask. `model` itself is changed."""
     adapters = list(model_args.adapter_name_or_path or [])
-    if not trainable:
+    if is_quantized(model) and (problems := what_quantized_cannot(model_args, args, trainable=trainable)):
+        raise UserError(problems)
+    if not trainable and adapters and is_quantized(model):  # beside the weights: merged they would be rounded again
+        tuned: Any = load_adapter(model, adapters[0], model_args, trainable=False)
+        model = tuned.get_base_model()
+    elif not trainable:
         model = merge_adapters(model, adapters, model_args)
+    if not trainable:
         return model.requires_grad_(False).eval()
     if args.finetuning_type == "lora":
         return init_lora(model, args, model_args)
@@ -42,6 +51,20 @@ def init_adapter(
     else:
         _train_everything(model)
     return model
+
+
+def what_quantized_cannot(model_args: ModelArguments, args: FinetuningArguments, *, trainable: bool) -> list[Problem]:
+    """A quantized weight can neither be trained nor take an adapter in: both would round what was learned away."""
+    found = []
+    if trainable and args.finetuning_type != "lora":
+        message = f"is of frozen weights, and finetuning_type: {args.finetuning_type} trains them"
+        found.append(Problem("quantization_bit", "", None, message, "set finetuning_type: lora, or leave it out"))
+    adapters = model_args.adapter_name_or_path or []
+    if len(adapters) > 1 or (trainable and adapters and args.create_new_adapter):
+        message = "is not possible on quantized weights: all but the last are merged"
+        remedy = "export base and adapters into one model with burnish export, and give that as the model"
+        found.append(Problem("adapter_name_or_path", "", ",".join(adapters), message, remedy))
+    return found
 
 
 def _train_everything(model: PreTrainedModel) -> None:

@@ -1,22 +1,26 @@
 """peft's LoRA layers compute through `kernels/`. Modules, names and files stay peft's.
 
-Only the plain case is taken over: one active adapter on an unquantized linear layer, no dropout while training, no
-DoRA. Whatever else a layer may be (merged, switched off, several adapters) goes to peft's own forward, at each call.
+Only the plain case is taken over: one active adapter on a linear layer, no dropout while training, no DoRA. Whatever
+else a layer may be (merged, switched off, several adapters) goes to peft's own forward, at each call. A layer on
+quantized weights has an operation of its own (kernels/dequantized_linear.py).
 A class takes the place of a class, not a function that of each layer's: torch.compile then compiles one for all.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
+from burnish.kernels.dequantized_linear import dequantized_lora_linear
 from burnish.kernels.lora_linear import lora_linear
 from burnish.kernels.lora_mlp import LoraWeights, lora_mlp
 from burnish.model.patch import swiglu_layers
 from burnish.model.probe import close
+from burnish.model.quantized import Dequantizing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,7 +30,15 @@ def fuse_lora(model: Model) -> Model:
     for layer in model.modules():
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear and not any(layer.use_dora.values()):
             layer.__class__ = FusedLinear
+        elif isinstance(layer, LoraLayer) and isinstance(layer.base_layer, Dequantizing):
+            layer.__class__ = _fused_quantized(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
     return model
+
+
+@cache
+def _fused_quantized(own: type[nn.Module]) -> type[nn.Module]:
+    """peft has a class for 4 bits and one for 8, and neither where bitsandbytes is absent."""
+    return type(f"Fused{own.__name__}", (FusedQuantized, own), {})
 
 
 def fuse_mlp(model: Model) -> Model:
@@ -69,16 +81,24 @@ class PlainLora(NamedTuple):
 
 def plain_lora(layer: Any) -> PlainLora | None:
     """The weights of a LoRA layer that is no more than x Wᵀ + bias + s·(x Aᵀ)Bᵀ now; else None."""
-    if not isinstance(layer, FusedLinear) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    name = _plain_adapter(layer) if isinstance(layer, FusedLinear) else None
+    if name is None:
+        return None
+    base: Any = layer.base_layer
+    a: Any = layer.lora_A[name].weight
+    b: Any = layer.lora_B[name].weight
+    if base.weight.requires_grad or base.weight.dtype != a.dtype:
+        return None
+    return PlainLora(LoraWeights(base.weight, a, b), base.bias, layer.scaling[name])
+
+
+def _plain_adapter(layer: Any) -> str | None:
+    """The one adapter that a LoRA layer adds now, if it adds no more than s·(x Aᵀ)Bᵀ."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
-    base: Any = layer.base_layer
-    a: Any = layer.lora_A[name]
-    b: Any = layer.lora_B[name]
     drops = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
-    if drops or base.weight.requires_grad or b.bias is not None or base.weight.dtype != a.weight.dtype:
-        return None
-    return PlainLora(LoraWeights(base.weight, a.weight, b.weight), base.bias, layer.scaling[name])
+    return None if drops or layer.use_dora[name] or layer.lora_B[name].bias is not None else name
 
 
 class FusedLinear(Linear):
@@ -90,6 +110,18 @@ class FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         weight, a, b = plain.layer
         return lora_linear(x, weight, plain.bias, a, b, plain.scale)
+
+
+class FusedQuantized(nn.Module):
+    """Another forward for a LoRA layer on quantized weights; peft's class stands behind it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        name = _plain_adapter(layer)
+        if args or kwargs or name is None or x.dtype != layer.lora_A[name].weight.dtype:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
+        return dequantized_lora_linear(x, base.dequantized, base.bias, a, b, layer.scaling[name])
 
 
 class FusedMlp(nn.Module):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from burnish import console
 from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
+from burnish.model.quantized import is_quantized
 from burnish.model.source import ADAPTER_CONFIG, find_folder, first_line
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import embedding_and_head, last_names
@@ -158,7 +160,14 @@ def _put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():
         # peft asks for gradient checkpointing by a name that transformers 5.23 warns about.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        tuned: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
+    layers: list[Any] = [layer for layer in tuned.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        if is_quantized(layer.get_base_layer()):
+            for name, parameter in layer.named_parameters():  # peft gives them the weight's dtype where that is one
+                if "base_layer" not in name:
+                    parameter.data = parameter.data.to(model.dtype)
+    return tuned
 
 
 def _read_config(folder: Path, name: str) -> PeftConfig:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from burnish.errors import Problem
+from burnish.model.quantized import is_quantized
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import (
     LINEAR,
@@ -111,6 +112,10 @@ def conflicts(
     if twice:
         remedy = "leave it out of one of the two"
         found.append(Problem(place, "lora_target", twice[0], "is trained whole by additional_target too", remedy))
+    held = [path for path in (*whole, *targets.parameters) if is_quantized(_holder(model, path))]
+    if held:
+        message = "is held quantized, and cannot be trained whole or as a parameter"
+        found.append(Problem(place, "", held[0], message, "leave it out, or leave quantization_bit out"))
     asked: dict[str, Any] = {
         "lora_dropout": args.lora_dropout,
         "use_dora": args.use_dora,
@@ -118,10 +123,16 @@ def conflicts(
     }
     for name, value in asked.items():
         if value and targets.parameters:
-            held = ", ".join(_block_names(model, targets.parameters))
+            fused = ", ".join(_block_names(model, targets.parameters))
             remedy = "leave it out, or name in lora_target only what stands outside the experts (q_proj,v_proj)"
-            found.append(Problem(place, name, value, f"does not work with fused experts ({held})", remedy))
+            found.append(Problem(place, name, value, f"does not work with fused experts ({fused})", remedy))
     return found
+
+
+def _holder(model: PreTrainedModel, path: str) -> nn.Module:
+    """The module at a path, or the one whose parameter it is."""
+    modules = dict(model.named_modules())
+    return modules[path] if path in modules else nn.ParameterList([model.get_parameter(path)])
 
 
 def safe_from_renaming(model: PreTrainedModel, targets: Targets) -> Targets:
