@@ -133,6 +133,8 @@ def test_evaluation_meets_none_and_a_released_model_neither():
 
 def test_compiled_blocks_are_given_the_noise(monkeypatch):
     """The embedding is outside of them. (Compiled without a compiler of kernels: what is traced is run as it is.)"""
+    # A model that an earlier test of this process loaded under DeepSpeed's ZeRO-3 leaves torch with another linear.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     monkeypatch.setattr(
         torch.nn.Module,
         "compile",
