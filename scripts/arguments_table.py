@@ -13,6 +13,8 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+from pages import write_or_check
+
 from burnish.arguments import legacy, refused
 from burnish.arguments.fields import Field, known_fields, rooms, standings
 
@@ -94,11 +96,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def main() -> int:
-    text = page()
-    if "--check" in sys.argv[1:]:
-        return int(text != PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, page())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fixtures
+from pages import write_or_check
 
 from burnish.arguments import legacy, refused
 from burnish.arguments.fields import known_fields, standings
@@ -124,11 +125,7 @@ def page(folder: Path) -> str:
 
 
 def main() -> int:
-    text = page(fixtures.fetch("llamafactory-data") / "hparams")
-    if "--check" in sys.argv[1:]:
-        return int(text != PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, page(fixtures.fetch("llamafactory-data") / "hparams"))
 
 
 if __name__ == "__main__":

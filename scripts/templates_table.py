@@ -19,6 +19,7 @@ sys.path.append(str(ROOT / "tests"))
 
 import fixtures  # noqa: E402
 import sweep  # noqa: E402
+from pages import write_or_check  # noqa: E402
 from sweep import Outcome, Published  # noqa: E402
 
 PAGE = ROOT / "docs" / "templates.md"
@@ -173,11 +174,7 @@ def main() -> int:
     if missing:
         print(f"run `make fixtures` first: {', '.join(missing)} not fetched", file=sys.stderr)
         return 1
-    text = page({one: cells(one, sweep.outcomes(one)) for one in sweep.published()})
-    if "--check" in sys.argv[1:]:
-        return int(text != PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, page({one: cells(one, sweep.outcomes(one)) for one in sweep.published()}))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from burnish.model.recompute import Recompute
 from burnish.train.generators import restore_rng, rng_state
 from burnish.types import Batch
 
-# Beyond this many tokens a pass of a GPU gets no faster, only larger (docs/performance.md).
+# A block of 7B's shape takes 2 % longer for a token in passes of 4,096 than of 8,192 (docs/performance.md): larger
+# passes gain little more than memory costs, and far below 4,096 to compute blocks again costs less than smaller ones.
 AUTO = 16_384
-EFFICIENT = 4_096  # with fewer it gets slower; computing blocks again then costs less
+EFFICIENT = 4_096
 
 
 class Passes:
