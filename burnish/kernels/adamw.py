@@ -40,38 +40,26 @@ class Weight(NamedTuple):
     low: Tensor | None = None  # the model's weight in bf16 or float16, where the master is a copy of it
 
 
-def adamw_(
-    weights: Sequence[Weight],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    factor: Tensor,
-    left_out: Tensor,
-) -> None:
+class Settings(NamedTuple):
+    """η, (β₁, β₂), ε, λ"""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def adamw_(weights: Sequence[Weight], settings: Settings, factor: Tensor, left_out: Tensor) -> None:
     """One update of all `weights`, in place. `factor`, `left_out`: float32 scalars on the device of the weights."""
     if not weights:
         return
-    if not (weights[0].master.is_cuda and HAS_TRITON):
-        reference(
-            weights, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, factor=factor, left_out=left_out
-        )
-        return
-    on_gpu(weights, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, factor=factor, left_out=left_out)
+    way = on_gpu if weights[0].master.is_cuda and HAS_TRITON else reference
+    way(weights, settings, factor, left_out)
 
 
-def reference(
-    weights: Sequence[Weight],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    factor: Tensor,
-    left_out: Tensor,
-) -> None:
+def reference(weights: Sequence[Weight], settings: Settings, factor: Tensor, left_out: Tensor) -> None:
     """The formula in plain torch, in the dtype of the masters."""
+    lr, betas, eps, weight_decay = settings
     moves = left_out == 0
     for w in weights:
         t = w.step + moves
@@ -87,35 +75,21 @@ def reference(
             w.low.copy_(torch.where(moves, w.master.to(w.low.dtype), w.low))
 
 
-def on_gpu(
-    weights: Sequence[Weight],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    factor: Tensor,
-    left_out: Tensor,
-) -> None:
+def on_gpu(weights: Sequence[Weight], settings: Settings, factor: Tensor, left_out: Tensor) -> None:
     """The same in one launch for each pair of dtypes (of gradient and model) that occurs."""
     from burnish.kernels.adamw_on_gpu import move
 
-    # 1. What depends on the number of updates: a float64 for each weight, for 1 - β₂^t would lose 3 of 7 digits.
-    steps = [w.step for w in weights]
-    torch._foreach_add_(steps, 1.0 - left_out)
-    t = torch.stack(steps).double()
-    numbers = torch.stack([lr / (1 - betas[0] ** t), (1 - betas[1] ** t).rsqrt()], 1).float()  # [n, 2]
-
-    # 2. The pass itself. Weights of a kind stand one after the other nearly always: then `numbers` need not be sorted.
-    kinds: dict[tuple[torch.dtype, torch.dtype | None], list[int]] = defaultdict(list)
-    for index, w in enumerate(weights):
-        kinds[w.gradient.dtype, None if w.low is None else w.low.dtype].append(index)
-    for (gradient, low), indices in kinds.items():
-        some = [weights[index] for index in indices]
-        rows = [_addresses(w) for w in some]
-        theirs = numbers if len(kinds) == 1 else torch.stack([numbers[index] for index in indices])
-        sizes = [w.master.numel() for w in some]
-        move(rows, sizes, gradient, low, theirs, factor, left_out, 1 - lr * weight_decay, betas, eps)
+    lr, betas, eps, weight_decay = settings
+    kinds: dict[tuple[torch.dtype, torch.dtype | None], list[Weight]] = defaultdict(list)
+    for w in weights:
+        kinds[w.gradient.dtype, None if w.low is None else w.low.dtype].append(w)
+    for (gradient, low), some in kinds.items():
+        steps = [w.step for w in some]
+        torch._foreach_add_(steps, 1 - left_out, alpha=1)  # without alpha torch would ask the device for the number
+        t = torch.stack(steps).double()  # in float32 the first 1 - β₂^t would lose 3 of its 7 digits
+        numbers = torch.stack([lr / (1 - betas[0] ** t), (1 - betas[1] ** t).rsqrt()], 1).float()  # [n, 2]
+        rows, sizes = [_addresses(w) for w in some], [w.master.numel() for w in some]
+        move(rows, sizes, gradient, low, numbers, factor, left_out, 1 - lr * weight_decay, betas, eps)
 
 
 def _addresses(w: Weight) -> tuple[int, ...]:

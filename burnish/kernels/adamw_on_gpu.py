@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16384  # elements a program; the look-ups before its first load are then nothing
-BLOCK = 512  # of them at a time: with 4 warps 4 a thread, in one layout for float32 and bf16; with 8 they go through shared memory
+# Of them at a time: with 4 warps 4 a thread, in one layout for float32 and bf16. With 8 a thread (16 bytes of bf16)
+# what is stored in float32 would change its layout through shared memory.
+BLOCK = 512
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -119,6 +121,8 @@ def move(
     whole = [(*row, size) for row, size in zip(rows, sizes, strict=True)]
     host = torch.tensor(whole, dtype=torch.int64, pin_memory=device.type == "cuda")
     chunks = _chunks(tuple(sizes), device)
+    if not len(chunks):
+        return
     _adamw[(len(chunks),)](
         host.to(device, non_blocking=True), numbers, chunks, factor, left_out,
         float(keep), float(betas[0]), 1.0 - betas[0], float(betas[1]), 1.0 - betas[1], float(eps),
