@@ -48,7 +48,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dequantize: Dequantize, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        y, inner = forward_of(x, [dequantize(x.dtype)], bias, a, b, scale)
+        y, inner = forward_of(x, [], [dequantize(x.dtype)], bias, a, b, scale)
         ctx.save_for_backward(x, a, b, inner)
         ctx.dequantize, ctx.scale = dequantize, scale
         return y

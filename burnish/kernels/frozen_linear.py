@@ -38,8 +38,9 @@ Frozen = list[Tensor]
 
 def frozen_linear(x: Tensor, weight: Frozen, bias: Tensor | None) -> Tensor:
     """x [..., K] → x Wᵀ + bias [..., N]; only `x` gets a gradient."""
-    y = torch.ops.burnish.frozen_linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], out_features(weight))
-    return y if bias is None else y + bias
+    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    y = torch.ops.burnish.frozen_linear(flat, rows_of(flat, weight), weight, bias)
+    return y.view(*x.shape[:-1], out_features(weight))
 
 
 def out_features(weight: Frozen) -> int:
@@ -57,25 +58,26 @@ def dequantized(weight: Frozen) -> Tensor:
     return weight[0].view(FP8).float() * weight[1][:, None]
 
 
-def times_transposed(x: Tensor, weight: Frozen, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """x Wᵀ [M, N]. `rows`: x quantized, where several weights share it."""
+def rows_of(x: Tensor, weight: Frozen) -> list[Tensor]:
+    """x as `times_transposed` reads it beside x: quantized, or [] where W is whole.
+
+    An operation of its own, so that torch.compile sees that q, k and v read the same.
+    """
+    return list(torch.ops.burnish.quantize_rows(x.detach())) if len(weight) > 1 else []
+
+
+def times_transposed(x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias [M, N]; `rows` from `rows_of`."""
     if len(weight) == 1:
-        return F.linear(x, weight[0])
-    return _multiply(*(rows or quantize_rows(x)), weight[0], weight[1], x.dtype)
+        return F.linear(x, weight[0], bias)
+    return _multiply(rows[0], rows[1], weight[0], weight[1], bias, x.dtype)
 
 
 def times(grad_y: Tensor, weight: Frozen) -> Tensor:
     """∂y W [M, K]."""
     if len(weight) == 1:
         return grad_y @ weight[0]
-    return _multiply(*quantize_rows(grad_y), weight[2], weight[3], grad_y.dtype)
-
-
-def add_times(to: Tensor, grad_y: Tensor, weight: Frozen) -> Tensor:
-    """`to` [M, K] += ∂y W. In place; in bf16 by the product itself, while it writes."""
-    if len(weight) == 1:
-        return to.addmm_(grad_y, weight[0])
-    return to.add_(times(grad_y, weight))
+    return _multiply(*quantize_rows(grad_y), weight[2], weight[3], None, grad_y.dtype)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,18 +91,21 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scales[:, None]).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
-def _multiply(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [M, K] e4m3, weight [N, K] bytes → [M, N] in `dtype`."""
-    weight = weight.view(FP8)
+def _multiply(
+    x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x [M, K], weight [N, K], both e4m3 or its bytes → [M, N] in `dtype`."""
+    x, weight = x.view(FP8), weight.view(FP8)
     if x.is_cuda and has_fp8_units(x.device) and dtype == torch.bfloat16:
         return torch._scaled_mm(
-            x, weight.T, x_scales[:, None], scales[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
+            x, weight.T, x_scales[:, None], scales[None, :], bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
     if x.is_cuda:
         product = torch.mm(x.bfloat16(), weight.bfloat16().T, out_dtype=torch.float32)
     else:
         product = x.float() @ weight.float().T
-    return product.mul_(x_scales[:, None]).mul_(scales).to(dtype)
+    product = product.mul_(x_scales[:, None]).mul_(scales)
+    return (product if bias is None else product.add_(bias)).to(dtype)
 
 
 @cache
@@ -114,16 +119,28 @@ def fits_fp8(weight: Tensor) -> bool:
     return weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
 
 
+def _quantize_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    quantized, scales = quantize_rows(x)
+    return quantized.view(torch.uint8), scales
+
+
 _library = torch.library.Library("burnish", "FRAGMENT")
-_library.define("frozen_linear(Tensor x, Tensor[] weight) -> Tensor")
+_library.define("quantize_rows(Tensor x) -> (Tensor, Tensor)")
+_library.define("frozen_linear(Tensor x, Tensor[] rows, Tensor[] weight, Tensor? bias) -> Tensor")
 _library.define("frozen_linear_backward(Tensor grad_y, Tensor[] weight) -> Tensor")
 for _key in ("CPU", "CUDA"):
+    _library.impl("quantize_rows", _quantize_to_bytes, _key)
     _library.impl("frozen_linear", times_transposed, _key)
     _library.impl("frozen_linear_backward", times, _key)
 
 
+@torch.library.register_fake("burnish::quantize_rows", lib=_library)
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
 @torch.library.register_fake("burnish::frozen_linear", lib=_library)
-def _(x: Tensor, weight: Frozen) -> Tensor:
+def _(x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight[0].shape[0])
 
 
@@ -133,12 +150,15 @@ def _(grad_y: Tensor, weight: Frozen) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1])
+    _, rows, weight, _ = inputs
+    ctx.rows = len(rows)
+    ctx.save_for_backward(*weight)
 
 
-def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor, list[None]]:
+def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     weight = list(ctx.saved_tensors)
-    return torch.ops.burnish.frozen_linear_backward(grad_y.contiguous(), weight), [None] * len(weight)
+    grad_x = torch.ops.burnish.frozen_linear_backward(grad_y.contiguous(), weight)
+    return grad_x, [None] * ctx.rows, [None] * len(weight), None
 
 
 torch.library.register_autograd("burnish::frozen_linear", _differentiate, setup_context=_save, lib=_library)

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.frozen_linear import Frozen, add_times, out_features, times_transposed
+from burnish.kernels.frozen_linear import Frozen, out_features, rows_of, times, times_transposed
 
 
 def lora_linear(x: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """x [..., K] → [..., N]. All in one dtype; `weight` and `bias` get no gradient, `x`, `a` and `b` do."""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    y, _ = torch.ops.burnish.lora_linear(flat, weight, bias, a, b, scale)
+    y, _ = torch.ops.burnish.lora_linear(flat, rows_of(flat, weight), weight, bias, a, b, scale)
     return y.view(*x.shape[:-1], out_features(weight))
 
 
@@ -36,15 +36,12 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tens
 
 
 def forward_of(
-    x: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(y, t) of the formula."""
+    """(y, t) of the formula; `rows`: x as a product in fp8 reads it (frozen_linear.py)."""
     inner = x @ a.T  # [M, r]
-    if len(weight) > 1 or not x.is_cuda:
-        y = F.linear(x, weight[0], bias) if len(weight) == 1 else times_transposed(x, weight)  # [M, N]
-        if len(weight) > 1 and bias is not None:
-            y += bias
-        return y.addmm_(inner, b.T, alpha=scale), inner
+    if rows or not x.is_cuda:
+        return times_transposed(x, rows, weight, bias).addmm_(inner, b.T, alpha=scale), inner
     # The small product first: the large one then adds to it while it writes, which costs a pass less.
     y = x.new_empty(x.shape[0], weight[0].shape[0])
     if bias is None:
@@ -59,7 +56,12 @@ def backward_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(∂x, ∂A, ∂B); ∂x is empty where nobody asks for it."""
     grad_inner = (grad_y @ b).mul_(scale)  # [M, r]
-    grad_x = add_times(grad_inner @ a, grad_y, weight) if needs_x else x.new_empty(0)
+    if not needs_x:
+        grad_x = x.new_empty(0)
+    elif len(weight) == 1:
+        grad_x = (grad_inner @ a).addmm_(grad_y, weight[0])
+    else:
+        grad_x = times(grad_y, weight).addmm_(grad_inner, a)
     return grad_x, grad_inner.T @ x, (inner.T @ grad_y).mul_(scale).T.contiguous()
 
 
@@ -68,7 +70,8 @@ def backward_of(
 
 _library = torch.library.Library("burnish", "FRAGMENT")
 _library.define(
-    "lora_linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
+    "lora_linear(Tensor x, Tensor[] rows, Tensor[] weight, Tensor? bias, Tensor a, Tensor b, float scale) -> "
+    "(Tensor, Tensor)"
 )
 _library.define(
     "lora_linear_backward(Tensor grad_y, Tensor x, Tensor[] weight, Tensor a, Tensor b, Tensor inner, float scale, "
@@ -80,7 +83,9 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("burnish::lora_linear", lib=_library)
-def _(x: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight[0].shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
@@ -92,9 +97,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, a, b, scale = inputs
+    x, rows, weight, _, a, b, scale = inputs
     ctx.save_for_backward(x, a, b, output[1], *weight)
-    ctx.scale = scale
+    ctx.rows, ctx.scale = len(rows), scale
 
 
 def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -103,7 +108,7 @@ def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
     grad_x, grad_a, grad_b = torch.ops.burnish.lora_linear_backward(
         grad_y.contiguous(), x, weight, a, b, inner, ctx.scale, needs_x
     )
-    return grad_x if needs_x else None, [None] * len(weight), None, grad_a, grad_b, None
+    return grad_x if needs_x else None, [None] * ctx.rows, [None] * len(weight), None, grad_a, grad_b, None
 
 
 torch.library.register_autograd("burnish::lora_linear", _differentiate, setup_context=_save, lib=_library)

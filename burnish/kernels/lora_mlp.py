@@ -26,13 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.frozen_linear import (
-    Frozen,
-    add_times,
-    quantize_rows,
-    times,
-    times_transposed,
-)
+from burnish.kernels.frozen_linear import Frozen, rows_of, times, times_transposed
 
 HAS_TRITON = find_spec("triton") is not None  # torch's CUDA builds for Linux bring it
 
@@ -65,14 +59,14 @@ def _forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """y, and what the backward pass reads: x W_gᵀ, x W_uᵀ, [t_g t_u], t_d."""
     inner = x @ torch.cat([a_g, a_u]).T  # [M, 2r]
-    rows = quantize_rows(x) if len(w_g) > 1 else None
-    gate, up = times_transposed(x, w_g, rows), times_transposed(x, w_u, rows)  # [M, N]
+    rows = rows_of(x, w_g)
+    gate, up = times_transposed(x, rows, w_g), times_transposed(x, rows, w_u)  # [M, N]
     hidden = _swiglu(gate, up, inner, b_g, b_u, scale)
     inner_down = hidden @ a_d.T  # [M, r]
     if len(w_d) == 1:
         y = (inner_down @ b_d.T).mul_(scale).addmm_(hidden, w_d[0].T)
     else:
-        y = times_transposed(hidden, w_d).addmm_(inner_down, b_d.T, alpha=scale)
+        y = times_transposed(hidden, rows_of(hidden, w_d), w_d).addmm_(inner_down, b_d.T, alpha=scale)
     return y, gate, up, inner, inner_down
 
 
@@ -89,8 +83,10 @@ def _backward(
     grad_b_g, grad_b_u, grad_a_d = (scale * sums[0]).T, (scale * sums[1]).T, sums[2]
     grad_inner = torch.cat([grad_gate @ b_g, grad_up @ b_u], dim=1).mul_(scale)  # [M, 2r]
     grad_a_g, grad_a_u = (grad_inner.T @ x).chunk(2)  # [r, K]
-    grad_x = grad_inner @ torch.cat([a_g, a_u])
-    grad_x = add_times(add_times(grad_x, grad_gate, w_g), grad_up, w_u)
+    if len(w_g) == 1:
+        grad_x = (grad_inner @ torch.cat([a_g, a_u])).addmm_(grad_gate, w_g[0]).addmm_(grad_up, w_u[0])
+    else:
+        grad_x = times(grad_gate, w_g).add_(times(grad_up, w_u)).addmm_(grad_inner, torch.cat([a_g, a_u]))
     learned = (grad_a_g, grad_b_g, grad_a_u, grad_b_u, grad_a_d, grad_b_d)
     # An operator's outputs must share no memory with each other.
     return grad_x, *(torch.empty_like(each, dtype=x.dtype, memory_format=_ROWS).copy_(each) for each in learned)

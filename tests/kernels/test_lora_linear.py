@@ -114,9 +114,10 @@ def test_the_operators_keep_the_rules_of_torch(held):
         )
     )
     x = draw(6, HIDDEN, dtype=torch.float32).requires_grad_()
+    rows = frozen_kernel.rows_of(x, layer.weight)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        torch.ops.burnish.lora_linear.default, (x, layer.weight, None, layer.a, layer.b, 2.0), test_utils=checks
+        torch.ops.burnish.lora_linear.default, (x, rows, layer.weight, None, layer.a, layer.b, 2.0), test_utils=checks
     )
     torch.library.opcheck(torch.ops.burnish.lora_mlp.default, (x, *layer, *up, *down, 2.0), test_utils=checks)
-    torch.library.opcheck(torch.ops.burnish.frozen_linear.default, (x, layer.weight), test_utils=checks)
+    torch.library.opcheck(torch.ops.burnish.frozen_linear.default, (x, rows, layer.weight, None), test_utils=checks)
