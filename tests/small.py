@@ -55,12 +55,13 @@ def tuned(model: Any, method: str, **settings: Any) -> Any:
     return model.train()
 
 
-def on_the_fast_path(model: Any) -> Any:
-    """As `burnish train` prepares a model: on a GPU with LoRA and MLP fused and its blocks compiled."""
+def on_the_fast_path(model: Any, *, compiled: bool) -> Any:
+    """As `burnish train` prepares a model: LoRA fused, on a GPU the MLP too, and its blocks compiled."""
     path = choose_path(fuse_lora(model))
     assert path.padding_free and path.fused_head, str(path)
     if next(model.parameters()).is_cuda:
         fuse_mlp(model)
+    if compiled:
         assert compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model)) == ""
     return model
 

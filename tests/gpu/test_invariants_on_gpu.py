@@ -5,9 +5,10 @@
 Every cut of the work (passes, packed rows, padded batches) is compared with plain transformers in float64 on the same
 weights. In float32, where documents are attended to one by one: loss 1e-5, gradients 1e-4. In bf16 on the fast path
 (variable-length attention, LoRA and MLP fused, blocks compiled) rounding shows: no more of it than plain transformers
-in bf16 has of its own. The same in float32 on the CPU shows that the tests hold where there is no device.
+in bf16 has of its own, and at most 3e-2. The same on the CPU in float32 (1e-6, 1e-5) shows that the tests themselves hold.
 
-The real model is looked for at $SMOLLM2, then in models/ and among the fixtures.
+The real model is looked for at $SMOLLM2, then in models/ and among the fixtures; $SMOLLM2_STEPS makes its run shorter,
+and lets it be made on a CPU (12 steps: two minutes).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Place(NamedTuple):
     gradient: float
 
 
-FLOAT32, BF16 = Place("cuda", torch.float32, 1e-5, 1e-4), Place("cuda", torch.bfloat16, 2e-3, 3e-2)
-ON_CPU = Place("cpu", torch.float32, 1e-5, 1e-4)
+FLOAT32, BF16 = Place("cuda", torch.float32, 1e-5, 1e-4), Place("cuda", torch.bfloat16, 5e-4, 3e-2)
+ON_CPU = Place("cpu", torch.float32, 1e-6, 1e-5)
 on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [
     pytest.param(ON_CPU, id="cpu-float32"),
@@ -112,7 +113,7 @@ def test_every_cut_of_the_work_gives_what_plain_transformers_gives_in_float64(ki
     plain = error(of_plain(copy.deepcopy(model), rows), exact)
     errors = {"padded": error(of_passes(copy.deepcopy(model), [collate_padded(rows, collator=collator())]), exact)}
 
-    fast = on_the_fast_path(model)
+    fast = on_the_fast_path(model, compiled=place is BF16)
     packed = list(make_loader(rows, 1, collate, seed=3, pack_to=100))
     assert 1 < len(packed) < 8
     errors |= {
@@ -161,6 +162,7 @@ def both_runs(run: Run, folder: Path, device: str) -> tuple[list[float], list[fl
     burnish: adapters in the model's dtype with float32 masters. peft: adapters in float32, and no autocast.
     """
     model = tuned(run.base().to(device), "lora", lora_rank=8)
+    is_low = next(model.parameters()).dtype == torch.bfloat16
     plain = get_peft_model(run.base().to(device), LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR))
     adapter = {name: value.float() for name, value in model.state_dict().items() if "lora_" in name}
     assert not plain.load_state_dict(adapter, strict=False).unexpected_keys
@@ -174,7 +176,7 @@ def both_runs(run: Run, folder: Path, device: str) -> tuple[list[float], list[fl
         folder, use_cpu=device == "cpu", per_device_train_batch_size=8, max_steps=run.steps, num_train_epochs=1,
         learning_rate=run.learning_rate, lr_scheduler_type="constant",
     )  # fmt: skip
-    ours = trainer(on_the_fast_path(model), args, run.rows)
+    ours = trainer(on_the_fast_path(model, compiled=is_low and device == "cuda"), args, run.rows)
     ours.collate = noting
     ours.train()
     losses = [entry["loss"] for entry in ours.state.log_history if "loss" in entry]
@@ -197,7 +199,9 @@ def test_steps_of_a_small_model_follow_transformers_and_peft(place, tmp_path):
     rows = [Sample(row.input_ids % 16 + 3, np.where(row.labels < 0, row.labels, row.input_ids % 16 + 3), row.place)
             for row in samples(160)]  # fmt: skip
     one, mean = (1e-3, 1e-4) if place.dtype == torch.float32 else (2e-2, 5e-3)
-    run = Run(lambda: small_model("qwen3", dtype=place.dtype, head_dim=16), rows, 20, 5e-2, one, mean)
+    run = Run(
+        lambda: small_model("qwen3", dtype=place.dtype, head_dim=16, initializer_range=0.1), rows, 20, 1e-2, one, mean
+    )
     follows(run, tmp_path, place.device)
 
 
