@@ -5,10 +5,10 @@
 Every cut of the work (passes, packed rows, padded batches) is compared with plain transformers in float64 on the same
 weights. In float32, where documents are attended to one by one: loss 1e-5, gradients 1e-4. In bf16 on the fast path
 (variable-length attention, LoRA and MLP fused, blocks compiled) rounding shows: no more of it than plain transformers
-in bf16 has of its own, and at most 3e-2. The same on the CPU in float32 (1e-6, 1e-5) shows that the tests themselves hold.
+in bf16 has of its own, and at most 3e-2. On the CPU, in float32 (1e-6, 1e-5), the tests themselves are tried.
 
 The real model is looked for at $SMOLLM2, then in models/ and among the fixtures; $SMOLLM2_STEPS makes its run shorter,
-and lets it be made on a CPU (12 steps: two minutes).
+and lets it be made on a CPU (12 steps take two minutes).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_ten_steps_accumulated_follow_ten_steps_of_one_pass(method, place, tmp_p
 
 
 class Run(NamedTuple):
-    base: object  # () → the same weights at each call
+    base: Callable[[], Any]  # a model of the same weights at each call
     rows: list[Sample]
     steps: int
     learning_rate: float
@@ -156,16 +157,14 @@ class Run(NamedTuple):
     mean: float
 
 
-def both_runs(run: Run, folder: Path, device: str) -> tuple[list[float], list[float]]:
-    """Losses by burnish's Trainer on the fast path, and by peft's defaults in a loop, on the same batches in order.
+def losses_of(run: Run, folder: Path, device: str) -> list[np.ndarray]:
+    """By burnish's Trainer on the fast path; by peft in a loop on the same batches in order; by that in float32.
 
     burnish: adapters in the model's dtype with float32 masters. peft: adapters in float32, and no autocast.
     """
     model = tuned(run.base().to(device), "lora", lora_rank=8)
     is_low = next(model.parameters()).dtype == torch.bfloat16
-    plain = get_peft_model(run.base().to(device), LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR))
-    adapter = {name: value.float() for name, value in model.state_dict().items() if "lora_" in name}
-    assert not plain.load_state_dict(adapter, strict=False).unexpected_keys
+    adapter = {name: value.float().clone() for name, value in model.state_dict().items() if "lora_" in name}
     by_place, order = {row.place: row for row in run.rows}, []
 
     def noting(batch):
@@ -181,17 +180,24 @@ def both_runs(run: Run, folder: Path, device: str) -> tuple[list[float], list[fl
     ours.train()
     losses = [entry["loss"] for entry in ours.state.log_history if "loss" in entry]
     assert len(losses) == run.steps and [len(step) for step in order[: run.steps]] == [8] * run.steps
-    return losses, run_of_plain(plain.train(), order[: run.steps], learning_rate=run.learning_rate)
+    found = [losses]
+    for base in [run.base(), run.base().float()][: 2 if is_low else 1]:
+        plain = get_peft_model(base.to(device), LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR))
+        assert not plain.load_state_dict(adapter, strict=False).unexpected_keys
+        found.append(run_of_plain(plain.train(), order[: run.steps], learning_rate=run.learning_rate))
+    return [np.array(each) for each in found]
 
 
 def follows(run: Run, folder: Path, device: str) -> None:
-    ours, theirs = both_runs(run, folder, device)
-    apart = [a / b - 1 for a, b in zip(ours, theirs, strict=True)]
-    mean = np.mean(ours) / np.mean(theirs) - 1
-    print(f"\n{run.steps} losses {theirs[0]:.4f} → {theirs[-1]:.4f}, {max(map(abs, apart)):.1e} apart, mean {mean:.1e}")
+    ours, theirs, *exact = losses_of(run, folder, device)
+    apart, mean = abs(ours / theirs - 1).max(), ours.mean() / theirs.mean() - 1
+    print(f"\n{run.steps} losses {theirs[0]:.4f} → {theirs[-1]:.4f}, at most {apart:.1e} apart, mean {mean:.1e}")
     assert theirs[-1] < 0.95 * theirs[0]  # something was learned
-    assert max(map(abs, apart)) <= run.one
-    assert abs(mean) <= run.mean
+    assert apart <= run.one and abs(mean) <= run.mean
+    for true in exact:  # bf16 rounds in both: in burnish no more than in plain transformers
+        own, other = (np.sqrt(np.mean((losses / true - 1) ** 2)) for losses in (ours, theirs))
+        print(f"from the run in float32 {own:.1e}, plain transformers and peft {other:.1e}")
+        assert own <= 2 * other
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -215,7 +221,7 @@ def test_fifty_steps_of_smollm2_follow_transformers_and_peft(tmp_path, fixture_p
     def base():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
-    follows(Run(base, rows, steps, 2e-4, 2e-2, 5e-3), tmp_path, "cuda" if torch.cuda.is_available() else "cpu")
+    follows(Run(base, rows, steps, 1e-4, 3e-2, 5e-3), tmp_path, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def smollm2(fixture_path) -> Path:
