@@ -146,6 +146,7 @@ class LocalUpdate:
         self.sums = Sums(self.weights) if pure_bf16 else None
         self.optimizer = create_optimizer(args, self.weights, loraplus_lr_ratio=loraplus_lr_ratio, pure_bf16=pure_bf16)
         self.scale = LossScale(args.device) if computes_in_float16(objective.model) else None
+        self._keeps_places = False
 
     def forward(self, batch: Batch) -> Tensor:
         return self.objective(batch).loss
@@ -197,7 +198,21 @@ class LocalUpdate:
     def zero_grad(self) -> None:
         if self.sums is not None:
             self.sums.forget()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._keeps_places:
+            gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+            if gradients:
+                torch._foreach_zero_(gradients)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def keep_places(self, keep: bool) -> None:
+        """Whether gradients become zero where they are after a step, for recorded passes that add to them there."""
+        self._keeps_places = keep
+
+    def places(self) -> tuple[int, ...]:
+        """The address of each gradient, 0 where there is none."""
+        gradients = (weight.grad for weight in self.weights.values())
+        return tuple(0 if gradient is None else gradient.data_ptr() for gradient in gradients)
 
     def settle(self) -> None:
         """After an evaluation there is nothing under way."""
