@@ -17,6 +17,7 @@ to them do; a weight or gradient that has moved all the same is noticed, and wha
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -117,10 +118,11 @@ def _power_of_two(number: int, least: int) -> int:
 def pays(blocks: Iterable[nn.Module], tokens: float) -> bool:
     """Whether a GPU computes every block for so many tokens faster than a CPU launches it."""
 
-    def flops(block: nn.Module) -> int:
+    def flops(block: nn.Module) -> float:
         return sum((6 if weight.requires_grad else 4) * size_of(weight) for weight in block.parameters())
 
-    return max((flops(block) for block in blocks), default=0) * tokens / SPEED < LAUNCHING
+    largest = max((flops(block) for block in blocks), default=math.inf)
+    return largest * tokens / SPEED < LAUNCHING
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -230,12 +232,16 @@ class PassGraphs:
 
     def _recording(self, inputs: Inputs) -> Recording | None:
         shape = Shape.of(inputs)
-        if self._recordings and self._places != self._places_now():
+        if self._recordings and self._has_moved():
             self._forget()
         if shape not in self._recordings and shape in self._seen and len(self._recordings) < MOST:
             self._record(shape, inputs)
         self._seen.add(shape)
         return self._recordings.get(shape)
+
+    def _has_moved(self) -> bool:
+        """Whether anything that is read or added to is elsewhere now. What had no gradient then has none from there."""
+        return any(then and then != now for then, now in zip(self._places, self._places_now(), strict=True))
 
     def _places_now(self) -> tuple[int, ...]:
         of_weights = (weight.data_ptr() if weight.requires_grad else -weight.data_ptr() for weight in self._weights)
