@@ -315,6 +315,7 @@ def _why_not_recorded(settings: Settings, args: Any, model: Any, path: ForwardPa
         "blocks are computed again": wants_gradient_checkpointing(args)[0],
         "noise on the embeddings": args.neftune_noise_alpha,
         "dropout": has_dropout(model),
+        "full_determinism launches kernels one by one": args.full_determinism,
     }
     return next((why for why, so in whys.items() if so), "")
 

@@ -121,6 +121,7 @@ def _graphs(settings: Settings) -> list[Problem]:
         "gradient_checkpointing": "and gradient_checkpointing, which looks at random states, exclude each other",
         "neftune_noise_alpha": "and neftune_noise_alpha, whose noise is drawn anew in each pass, exclude each other",
         "lora_dropout": "and lora_dropout, which is drawn anew in each pass, exclude each other",
+        "full_determinism": "and full_determinism, which launches kernels one by one, exclude each other",
     }
     found = [settings.problem("cuda_graphs", text, "leave it out") for name, text in why.items() if value(name)]
     if not (value("bf16") or value("fp16") or value("pure_bf16")):

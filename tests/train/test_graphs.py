@@ -189,6 +189,7 @@ def test_where_blocks_are_computed_again_nothing_is_recorded():
         ("--gradient_checkpointing true", "exclude each other"),
         ("--neftune_noise_alpha 5", "drawn anew in each pass"),
         ("--lora_dropout 0.1 --finetuning_type lora", "drawn anew in each pass"),
+        ("--full_determinism", "one by one"),
         ("--bf16 false", "set bf16: true"),
     ],
 )
