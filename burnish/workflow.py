@@ -39,6 +39,7 @@ from burnish.export.run import Order, export_model
 from burnish.generate.engine import Engine
 from burnish.kernels.lora_mlp import HAS_TRITON
 from burnish.model.compile import compile_blocks
+from burnish.model.graphs import CudaRecorder, has_dropout, pays
 from burnish.model.head import CausalLoss, unwrap
 from burnish.model.loader import compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
@@ -53,6 +54,7 @@ from burnish.train import checkpoint
 from burnish.train.card import write_card
 from burnish.train.distributed import stage_of, together
 from burnish.train.logs import LogCallback, ProgressCallback, save_metrics
+from burnish.train.passes import AUTO
 from burnish.train.peers import Peers
 from burnish.train.plot import plot_loss
 from burnish.train.start import decide_start
@@ -287,6 +289,45 @@ def _may_recompute(settings: Settings, args: Any, model: Any) -> Recompute | Non
     return Recompute(model, find_blocks(unwrap(model)).values()) if left_open else None
 
 
+def _may_record(settings: Settings, args: Any, model: Any, path: ForwardPath, rows: Any) -> CudaRecorder | None:
+    """What records passes, where it was asked for, or left open and pays on a GPU."""
+    if args.cuda_graphs is False or not args.do_train:
+        return None
+    why = _why_not_recorded(settings, args, model, path)
+    blocks = find_blocks(unwrap(model)).values()
+    if not why and (args.cuda_graphs or pays(blocks, _tokens_of_a_pass(settings, args, rows))):
+        console.say("passes over the blocks are recorded as CUDA graphs")
+        return CudaRecorder()
+    if args.cuda_graphs:
+        console.say(f"passes are not recorded as CUDA graphs: {why}")
+    return None
+
+
+def _why_not_recorded(settings: Settings, args: Any, model: Any, path: ForwardPath) -> str:
+    whys = {
+        "there is no GPU": args.device.type != "cuda",
+        "DeepSpeed divides the model": stage_of(args),
+        "padded batches": not path.padding_free,
+        "the model's own head and loss": not path.fused_head,
+        "it computes in float32": not (args.bf16 or args.fp16),
+        "quantized weights": is_quantized(model),
+        "pure_bf16 rounds gradients at random": settings.finetuning.pure_bf16,
+        "blocks are computed again": wants_gradient_checkpointing(args)[0],
+        "noise on the embeddings": args.neftune_noise_alpha,
+        "dropout": has_dropout(model),
+        "full_determinism launches kernels one by one": args.full_determinism,
+    }
+    return next((why for why, so in whys.items() if so), "")
+
+
+def _tokens_of_a_pass(settings: Settings, args: Any, rows: Any) -> float:
+    """About how many there will be; of a stream, whose lengths nobody knows, at most."""
+    packed = settings.data.packing and settings.finetuning.stage == "sft"
+    of_a_row = settings.data.cutoff_len if packed or not hasattr(rows, "lengths") else rows.lengths.mean()
+    most = AUTO if args.micro_batch_tokens == "auto" else int(args.micro_batch_tokens)
+    return min(of_a_row * args.per_device_train_batch_size * args.gradient_accumulation_steps, most)
+
+
 def _why_padded(settings: Settings) -> str:
     """The setting that asks for padded batches, if one does."""
     if settings.model.flash_attn not in ("auto", "fa2", "fa3"):
@@ -326,6 +367,7 @@ def _make_trainer(
         count_correct=tuning.compute_accuracy,
         micro_batch_tokens=args.micro_batch_tokens,
         recompute=_may_recompute(settings, args, model),
+        recorder=_may_record(settings, args, model, path, datasets.train),
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
     )
 

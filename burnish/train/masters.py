@@ -21,6 +21,7 @@ class Masters:
         self.by_name: dict[str, nn.Parameter] = {}  # name in the model → what the optimizer moves
         self.copied: dict[nn.Parameter, nn.Parameter] = {}  # master → the model's weight, where they are two
         self._alone: dict[nn.Parameter, Tensor] = {}  # master → the low-precision gradient of its only pass so far
+        self._keeps_places = False
         self._hooks: list[RemovableHandle] = []
         for name, weight in model.named_parameters():
             if not weight.requires_grad:
@@ -38,8 +39,10 @@ class Masters:
             assert gradient is not None
             if master in self._alone:
                 master.grad = self._alone.pop(master).float()
-            if master.grad is None:
+            if master.grad is None and not self._keeps_places:
                 self._alone[master] = gradient
+            elif master.grad is None:
+                master.grad = gradient.float()
             else:
                 master.grad += gradient
 
@@ -54,6 +57,12 @@ class Masters:
         while self._alone:
             master, gradient = self._alone.popitem()
             master.grad = gradient.float()
+
+    def keep_places(self, keep: bool) -> None:
+        """Whether every gradient is a float32 sum from its first pass on, for recorded passes that add to it."""
+        self._keeps_places = keep
+        if keep:
+            self.give_gradients()
 
     def forget(self) -> None:
         """The low-precision gradients; those of the masters are the optimizer's to forget."""

@@ -92,6 +92,7 @@ class LocalUpdate:
         how: dict[str, Any] = {"loraplus_lr_ratio": loraplus_lr_ratio, "pure_bf16": pure_bf16}
         self.optimizer = create_optimizer(args, self.weights, masters=self.masters, **how)
         self.scale = LossScale(args.device) if computes_in_float16(objective.model) else None
+        self._keeps_places = False
 
     def forward(self, batch: Batch) -> Tensor:
         return self.objective(batch).loss
@@ -168,7 +169,23 @@ class LocalUpdate:
         for part in (self.masters, self.sums):
             if part is not None:
                 part.forget()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._keeps_places:
+            gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+            if gradients:
+                torch._foreach_zero_(gradients)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def keep_places(self, keep: bool) -> None:
+        """Whether gradients become zero where they are after a step, for recorded passes that add to them there."""
+        self._keeps_places = keep
+        if self.masters is not None:
+            self.masters.keep_places(keep)
+
+    def places(self) -> tuple[int, ...]:
+        """The address of each gradient, 0 where there is none."""
+        gradients = (weight.grad for weight in self.weights.values())
+        return tuple(0 if gradient is None else gradient.data_ptr() for gradient in gradients)
 
     def settle(self) -> None:
         """After an evaluation there is nothing under way."""
