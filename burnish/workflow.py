@@ -45,7 +45,7 @@ from burnish.model.loader import compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
 from burnish.model.positions import check_positions, warn_of_positions
 from burnish.model.probe import ForwardPath, choose_path, try_out
-from burnish.model.quantized import is_quantized
+from burnish.model.quantized import is_dequantized
 from burnish.model.recompute import Recompute
 from burnish.model.tokenizer import load_tokenizer
 from burnish.serve.server import open_place, serve
@@ -151,9 +151,9 @@ def run_export(settings: Settings) -> None:
     model_args, notes = for_inference(settings)
     for note in notes:
         console.warn(note)
-    if model_args.quantization_bit is not None:
-        console.warn("quantization_bit is not used: an adapter is merged into the weights as they were published")
-        model_args = replace(model_args, quantization_bit=None)
+    if held := [name for name in ("quantization_bit", "base_dtype") if getattr(model_args, name) is not None]:
+        console.warn(f"{held[0]} is not used: an adapter is merged into the weights as they were published")
+        model_args = replace(model_args, quantization_bit=None, base_dtype=None)
     tokenizer = load_tokenizer(model_args)
     has_template = settings.data.template is not None or tokenizer.chat_template is not None
     template = _load_template(settings, tokenizer) if has_template else None
@@ -274,8 +274,8 @@ def _compile(model: Any, path: ForwardPath, args: Any) -> None:
         why = "DeepSpeed divides the model"
     elif not path.padding_free:
         why = "padded batches"
-    elif is_quantized(model):
-        why = "quantized weights"
+    elif is_dequantized(model):
+        why = "weights that bitsandbytes holds"
     else:
         if args.device.type == "cuda" and HAS_TRITON:  # without its kernels the operation is no gain
             fuse_mlp(model)
@@ -310,7 +310,7 @@ def _why_not_recorded(settings: Settings, args: Any, model: Any, path: ForwardPa
         "padded batches": not path.padding_free,
         "the model's own head and loss": not path.fused_head,
         "it computes in float32": not (args.bf16 or args.fp16),
-        "quantized weights": is_quantized(model),
+        "weights that bitsandbytes holds": is_dequantized(model),
         "pure_bf16 rounds gradients at random": settings.finetuning.pure_bf16,
         "blocks are computed again": wants_gradient_checkpointing(args)[0],
         "noise on the embeddings": args.neftune_noise_alpha,

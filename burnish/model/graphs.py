@@ -276,8 +276,8 @@ class PassGraphs:
         hooked = next((name for name, module in decoder.named_modules() if _has_hooks(module)), None)
         if hooked is not None:
             raise CannotRecord(f"a hook at {hooked or 'the decoder'} would not be called")
-        self._recorder.rehearse(lambda: self._pass_for_nothing(inputs))
         self._gradients.keep_places(True)
+        self._recorder.rehearse(lambda: self._pass_for_nothing(inputs))
 
     def _pass_for_nothing(self, inputs: Inputs) -> None:
         hidden = self._objective.hidden_states(inputs)

@@ -157,7 +157,8 @@ def _deepspeed(settings: Settings) -> list[Problem]:
         remedy = "pip install 'burnish[deepspeed]'"
         return [settings.problem("deepspeed", "needs the package deepspeed, which is not here", remedy)]
     zero = config.get("zero_optimization")
-    if settings.value("quantization_bit") and isinstance(zero, dict) and zero.get("stage") == 3:
+    held = settings.value("quantization_bit") or settings.value("base_dtype")
+    if held and isinstance(zero, dict) and zero.get("stage") == 3:
         remedy = "set deepspeed: examples/deepspeed/ds_z2_config.json, which divides the optimizer"
         return [settings.problem("deepspeed", "divides weights (stage 3), which quantized ones cannot be", remedy)]
     return []
