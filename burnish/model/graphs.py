@@ -143,7 +143,7 @@ class Recording:
         self, run: Callable[[Inputs], Tensor], inputs: Inputs, hidden: Tensor, gradient: Tensor, recorder: Recorder
     ):
         self._run, self._hidden, self._gradient = run, hidden, gradient
-        self._inputs = {name: each.clone() if isinstance(each, Tensor) else each for name, each in inputs.items()}
+        self._inputs = _copied(inputs)
         self._root: Tensor | None = None  # of autograd's graph, between the two
         self._replay_forward = recorder.record(self._do_forward)
         self._replay_backward = recorder.record(self._do_backward)
@@ -167,6 +167,12 @@ class Recording:
     def backward(self, gradient: Tensor) -> None:
         self._gradient.copy_(gradient)
         self._replay_backward()
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    """Tensors of their own; one that stands under two names stays one, or compiled blocks would be compiled again."""
+    copies = {id(each): each.clone() for each in inputs.values() if isinstance(each, Tensor)}
+    return {name: copies.get(id(each), each) for name, each in inputs.items()}
 
 
 class _Replay(torch.autograd.Function):

@@ -17,11 +17,13 @@ class Masters:
     makes a float32 sum of it. So accumulation over passes is in float32.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, at_once: bool = False):
+        """`at_once`: every gradient is a float32 sum from its first pass on, for recorded passes that add to it. For
+        all passes then: the norm of the same numbers in another dtype may be rounded otherwise."""
         self.by_name: dict[str, nn.Parameter] = {}  # name in the model → what the optimizer moves
         self.copied: dict[nn.Parameter, nn.Parameter] = {}  # master → the model's weight, where they are two
         self._alone: dict[nn.Parameter, Tensor] = {}  # master → the low-precision gradient of its only pass so far
-        self._keeps_places = False
+        self._at_once = at_once
         self._hooks: list[RemovableHandle] = []
         for name, weight in model.named_parameters():
             if not weight.requires_grad:
@@ -39,12 +41,12 @@ class Masters:
             assert gradient is not None
             if master in self._alone:
                 master.grad = self._alone.pop(master).float()
-            if master.grad is None and not self._keeps_places:
-                self._alone[master] = gradient
-            elif master.grad is None:
+            if master.grad is not None:
+                master.grad += gradient
+            elif self._at_once:
                 master.grad = gradient.float()
             else:
-                master.grad += gradient
+                self._alone[master] = gradient
 
         return take
 
@@ -57,12 +59,6 @@ class Masters:
         while self._alone:
             master, gradient = self._alone.popitem()
             master.grad = gradient.float()
-
-    def keep_places(self, keep: bool) -> None:
-        """Whether every gradient is a float32 sum from its first pass on, for recorded passes that add to it."""
-        self._keeps_places = keep
-        if keep:
-            self.give_gradients()
 
     def forget(self) -> None:
         """The low-precision gradients; those of the masters are the optimizer's to forget."""

@@ -71,7 +71,8 @@ class LocalUpdate:
 
     A step: `forward` and `backward` of each pass, `gather_gradients`, `step`, `zero_grad`.
 
-    `pure_bf16`: a bf16 model is its own master, in bf16, and is rounded at random.
+    `pure_bf16`: a bf16 model is its own master, in bf16, and is rounded at random. `recorded`: passes may be recorded
+    (model/graphs.py).
     """
 
     def __init__(
@@ -82,11 +83,12 @@ class LocalUpdate:
         *,
         loraplus_lr_ratio: float | None = None,
         pure_bf16: bool = False,
+        recorded: bool = False,
     ):
         self.objective, self.peers = objective, peers
         self.bucket_mib = args.ddp_bucket_cap_mb
         share_weights([weight for weight in objective.model.parameters() if weight.requires_grad], peers)
-        self.masters = None if pure_bf16 else Masters(objective.model)
+        self.masters = None if pure_bf16 else Masters(objective.model, at_once=recorded)
         self.weights = self.masters.by_name if self.masters else trained_weights(objective.model)
         self.sums = Sums(self.weights) if pure_bf16 else None
         how: dict[str, Any] = {"loraplus_lr_ratio": loraplus_lr_ratio, "pure_bf16": pure_bf16}
@@ -179,8 +181,6 @@ class LocalUpdate:
     def keep_places(self, keep: bool) -> None:
         """Whether gradients become zero where they are after a step, for recorded passes that add to them there."""
         self._keeps_places = keep
-        if self.masters is not None:
-            self.masters.keep_places(keep)
 
     def places(self) -> tuple[int, ...]:
         """The address of each gradient, 0 where there is none."""

@@ -116,7 +116,7 @@ class Trainer(Evaluation):
     def _make_update(self) -> Any:
         if not self.is_divided:
             how: dict[str, Any] = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "pure_bf16": self.pure_bf16}
-            return LocalUpdate(self.objective, self.args, self.peers, **how)
+            return LocalUpdate(self.objective, self.args, self.peers, recorded=self.recorder is not None, **how)
         from burnish.train.deepspeed import ZeroUpdate
 
         return ZeroUpdate(

@@ -14,8 +14,12 @@ from burnish.arguments.parse import parse_command
 from burnish.cli import main
 from burnish.data.loader import collate
 from burnish.errors import RunStopped, UserError
+from burnish.model.head import CausalLoss
+from burnish.model.probe import choose_path
 from burnish.model.recompute import Recompute
+from burnish.train.optimizer import LocalUpdate
 from burnish.train.passes import Passes
+from burnish.train.peers import Peers
 from burnish.tuning.blocks import find_blocks
 
 
@@ -61,6 +65,20 @@ def a_run(folder, method="full", dtype=torch.bfloat16, *, recorder=None, stop=Fa
     run.train(resume)
     weights = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
     return run, watch, [entry["loss"] for entry in run.state.log_history if "loss" in entry], weights
+
+
+def test_gradients_of_a_run_that_may_be_recorded_are_float32_from_the_first_pass_on(tmp_path):
+    """Else the norm of a step of one pass would be that of other rounding before it is recorded than afterwards."""
+    given = [collate(samples(3))]
+    for recorded in (False, True):
+        model = small_model(dtype=torch.bfloat16)
+        update = LocalUpdate(CausalLoss(model, fused=True), arguments(tmp_path), Peers(), recorded=recorded)
+        assert choose_path(model).padding_free
+        update.backward(update.forward(given[0]), last=True)
+        assert {update.masters.gradient_of(weight).dtype for weight in update.weights.values()} == {
+            torch.float32 if recorded else torch.bfloat16
+        }
+        assert all(update.places()) == recorded
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
