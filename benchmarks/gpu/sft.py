@@ -39,6 +39,7 @@ DEFAULT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 RUNS = {
     "lora-7b-packed": ("7b", LORA | PACKED),
     "lora-7b-default": ("7b", LORA | DEFAULT),
+    "lora-7b-fp8": ("7b", LORA | PACKED | {"base_dtype": "fp8"}),
     "full-1.5b-packed": (
         "1.5b", BASE | PACKED | {"finetuning_type": "full", "per_device_train_batch_size": 2, "learning_rate": 1e-5}
     ),
