@@ -45,9 +45,14 @@ def small_model(kind: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.f
 
 
 def tuned(model: Any, method: str, **settings: Any) -> Any:
-    """`model` with the weights of a `finetuning_type` trained. An adapter adds something from the start."""
+    """`model` with the weights of a `finetuning_type` trained. An adapter adds something from the start.
+
+    `method` fp8: LoRA beside a base held in fp8.
+    """
+    base_dtype, method = ("fp8", "lora") if method == "fp8" else (None, method)
     args = FinetuningArguments(finetuning_type=method, **({"freeze_trainable_layers": 2} | settings))
-    model = init_adapter(model, args, ModelArguments(model_name_or_path="small"), trainable=True)
+    model_args = ModelArguments(model_name_or_path="small", base_dtype=base_dtype)
+    model = init_adapter(model, args, model_args, trainable=True)
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:

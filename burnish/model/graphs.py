@@ -6,7 +6,7 @@ it names the list. Head and loss stay as they are: how many tokens are trained d
 
     tokens 4,100    → 4,608   a multiple of 512: one more document, which nobody trains on
     documents 17    → 31      one less than a power of two: the others have no tokens
-    longest 700     → 1,024   a power of two
+    longest 700     → 2,048   a power of two, and at least this
 
 Every training pass is filled up so (`fill`), recorded or not, so that a run's numbers do not depend on what has been
 recorded. A shape is recorded when it comes for the second time. Whatever goes wrong there (work that waits for a value,
@@ -33,7 +33,7 @@ from burnish.model.patch import size_of
 from burnish.types import IGNORE_INDEX, Batch
 
 TOKENS = 512  # passes are filled up to a multiple of so many
-BORDERS, LONGEST = 16, 512  # and these, at least, to a power of two
+BORDERS, LONGEST = 16, 2048  # and these, at least, to a power of two; a longest that none is costs next to nothing
 MOST = 32  # recordings at a time; other shapes stay as they are
 
 LAUNCHING = 6e-3  # seconds that a CPU takes to launch a block's kernels, forward and backward (docs/performance.md)
@@ -99,7 +99,7 @@ def fill(batch: Batch) -> Batch:
     added = (0, most - tokens)
     filled = torch.full((_power_of_two(len(borders) + 1, BORDERS),), most, dtype=borders.dtype)
     filled[: len(borders)] = borders
-    longest = min(_power_of_two(batch.inputs["max_length_q"], LONGEST), most)
+    longest = _power_of_two(batch.inputs["max_length_q"], LONGEST)
     inputs = {
         "input_ids": nn.functional.pad(batch.inputs["input_ids"], added),
         "position_ids": nn.functional.pad(batch.inputs["position_ids"], added),
@@ -268,6 +268,7 @@ class PassGraphs:
         # Here, and not above: while the error is handled it holds the tensors of what was tried.
         for weight, gradient in before:
             weight.grad = gradient
+        gc.collect()  # nodes of autograd that belong to the stream aside
         self.stop(why)
 
     def _rehearse(self, inputs: Inputs) -> None:

@@ -98,6 +98,7 @@ def test_a_run_in_one_pass_is_the_run_of_torchs_adamw(dtype, accumulation, tmp_p
         assert torch.equal(ours.model.get_parameter(name), master.to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_in_one_pass_asks_the_device_nothing_between_two_logs(tmp_path):
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

@@ -275,7 +275,9 @@ def test_zero_trains_on_a_gpu_what_the_plain_run_does(tmp_path, stage, precision
     words = [*make_run(tmp_path), "--finetuning_type", "full", "--per_device_train_batch_size", "4", *precision]
     words += ["--eval_on_start"]  # shows ZeRO another course through the layers than training takes
     config = ROOT / "examples" / "deepspeed" / f"ds_z{stage}_config.json"
-    run(1, [*words, "--output_dir", str(tmp_path / "plain")])
+    # fp16 under ZeRO is bf16; by itself it leaves its first steps out, until the loss's scale fits
+    plain = ["--bf16" if word == "--fp16" else word for word in words]
+    run(1, [*plain, "--output_dir", str(tmp_path / "plain")])
     divided = run(1, [*words, "--output_dir", str(tmp_path / "zero"), "--deepspeed", str(config)])
     assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "plain"), rel=rounding)
     assert weights(tmp_path / "zero").keys() == weights(tmp_path / "plain").keys()

@@ -55,7 +55,8 @@ def rounded(x):
 def test_rows_are_rounded_as_plain_torch_rounds_them(rows, columns, dtype):
     torch.manual_seed(0)
     x = draw(rows, columns, dtype=dtype) * torch.logspace(-3, 3, rows, device=DEVICE).to(dtype)[:, None]
-    x[rows // 2] *= rows > 1  # a row of zeros among others
+    if rows > 1:
+        x[rows // 2] = 0
     quantized, scales = quantize_rows(x)
     expected, expected_scales = quantize_rows(x.cpu())
     assert torch.allclose(scales.cpu(), expected_scales, rtol=1e-6)

@@ -29,6 +29,8 @@ from theirs import collator, padded, run_of_plain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.data.loader import collate, collate_padded, make_loader
+from burnish.kernels.frozen_linear import dequantized
+from burnish.model.fp8 import Fp8Linear
 from burnish.model.head import CausalLoss
 from burnish.model.qwen import QWenConfig, register
 from burnish.train.optimizer import Masters
@@ -38,7 +40,8 @@ register()
 CONFIGS["the first qwen"] = QWenConfig
 ROOT = Path(__file__).parents[2]
 KINDS = ["qwen3", "llama", "the first qwen"]
-METHODS = ["full", "freeze", "lora"]
+METHODS = ["full", "freeze", "lora", "fp8"]
+FP8 = {"loss": 1e-2, "gradient": 0.2}  # allowed beside a base in fp8, whose inputs are rounded too: to 4 % each
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -82,6 +85,7 @@ def of_passes(model, batches):
         part = objective(batch.to(next(model.parameters()).device)).loss / num_trained
         part.backward()
         loss += part.item()
+    masters.give_gradients()
     gradient = torch.cat([weight.grad.flatten().double() for weight in masters.by_name.values()])
     masters.release()
     for weight in (*masters.by_name.values(), *model.parameters()):
@@ -98,6 +102,16 @@ def of_plain(model, rows):
     return loss.item(), gradient
 
 
+def in_float64(model):
+    """The same weights; those in fp8 as plain layers of what they stand for."""
+    model = copy.deepcopy(model).double()
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.weight = torch.nn.Parameter(dequantized(layer.frozen).double(), requires_grad=False)
+            layer.__class__ = torch.nn.Linear
+    return model
+
+
 def error(found, exact) -> tuple[float, float]:
     """Relative distance of the loss, and of the gradient as one vector."""
     (loss, gradient), (exact_loss, exact_gradient) = found, exact
@@ -110,7 +124,7 @@ def error(found, exact) -> tuple[float, float]:
 def test_every_cut_of_the_work_gives_what_plain_transformers_gives_in_float64(kind, method, place):
     rows = samples(8)
     model = model_of(kind, method, place)
-    exact = of_plain(copy.deepcopy(model).double(), rows)
+    exact = of_plain(in_float64(model), rows)
     plain = error(of_plain(copy.deepcopy(model), rows), exact)
     errors = {"padded": error(of_passes(copy.deepcopy(model), [collate_padded(rows, collator=collator())]), exact)}
 
@@ -123,8 +137,9 @@ def test_every_cut_of_the_work_gives_what_plain_transformers_gives_in_float64(ki
         "packed": error(of_passes(fast, packed), exact),
     }
     print(f"\n{kind}, {method}: plain {plain}, {errors}")
+    allowed = place._replace(**FP8) if method == "fp8" else place
     for cut, (loss, gradient) in errors.items():
-        assert loss <= place.loss and gradient <= place.gradient, (cut, loss, gradient)
+        assert loss <= allowed.loss and gradient <= allowed.gradient, (cut, loss, gradient)
         if place.dtype == torch.bfloat16:
             assert gradient <= 1.5 * plain[1], (cut, gradient, plain)
 
@@ -142,7 +157,8 @@ def test_ten_steps_accumulated_follow_ten_steps_of_one_pass(method, place, tmp_p
         run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
     assert len(losses[0]) == 10
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if place.dtype == torch.float32 else 5e-3)
+    exact = place.dtype == torch.float32 and method != "fp8"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if exact else 5e-3)
 
 
 # ---- fifty steps of LoRA as transformers and peft do them ----------------------------------------------------------

@@ -80,13 +80,11 @@ def test_a_filled_batch_has_one_of_few_shapes_and_its_own_tokens_in_front(count)
 def test_a_batch_that_is_full_gets_no_token_and_a_long_document_a_longer_longest():
     whole = collate(samples(1, longest=5))
     for name in ("input_ids", "position_ids"):
-        whole.inputs[name] = whole.inputs[name].new_ones(1, 1536)
-    borders = torch.tensor([0, 700, 1536], dtype=torch.int32)
-    whole.inputs.update(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=836, max_length_k=836)
-    object.__setattr__(whole, "labels", torch.full((1, 1536), IGNORE_INDEX))
-    assert Shape.of(fill(whole).inputs) == (1536, BORDERS, 1024)
-    whole.inputs.update(max_length_q=1100)
-    assert Shape.of(fill(whole).inputs) == (1536, BORDERS, 1536)  # never longer than all of it
+        whole.inputs[name] = whole.inputs[name].new_ones(1, 4096)
+    borders = torch.tensor([0, 1000, 4096], dtype=torch.int32)
+    whole.inputs.update(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=3096, max_length_k=3096)
+    object.__setattr__(whole, "labels", torch.full((1, 4096), IGNORE_INDEX))
+    assert Shape.of(fill(whole).inputs) == (4096, BORDERS, 4096)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
