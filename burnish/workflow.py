@@ -294,8 +294,7 @@ def _may_record(settings: Settings, args: Any, model: Any, path: ForwardPath, ro
     if args.cuda_graphs is False or not args.do_train:
         return None
     why = _why_not_recorded(settings, args, model, path)
-    blocks = find_blocks(unwrap(model)).values()
-    if not why and (args.cuda_graphs or pays(blocks, _tokens_of_a_pass(settings, args, rows))):
+    if not why and (args.cuda_graphs or _recording_pays(settings, args, model, rows)):
         console.say("passes over the blocks are recorded as CUDA graphs")
         return CudaRecorder()
     if args.cuda_graphs:
@@ -320,12 +319,13 @@ def _why_not_recorded(settings: Settings, args: Any, model: Any, path: ForwardPa
     return next((why for why, so in whys.items() if so), "")
 
 
-def _tokens_of_a_pass(settings: Settings, args: Any, rows: Any) -> float:
-    """About how many there will be; of a stream, whose lengths nobody knows, at most."""
+def _recording_pays(settings: Settings, args: Any, model: Any, rows: Any) -> bool:
+    """For about as many tokens as a pass will hold; of a stream, whose lengths nobody knows, at most."""
     packed = settings.data.packing and settings.finetuning.stage == "sft"
     of_a_row = settings.data.cutoff_len if packed or not hasattr(rows, "lengths") else rows.lengths.mean()
     most = AUTO if args.micro_batch_tokens == "auto" else int(args.micro_batch_tokens)
-    return min(of_a_row * args.per_device_train_batch_size * args.gradient_accumulation_steps, most)
+    of_a_step = of_a_row * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return pays(find_blocks(unwrap(model)).values(), min(of_a_step, most))
 
 
 def _why_padded(settings: Settings) -> str:
