@@ -43,6 +43,9 @@ RUNS = {
     "full-1.5b-packed": (
         "1.5b", BASE | PACKED | {"finetuning_type": "full", "per_device_train_batch_size": 2, "learning_rate": 1e-5}
     ),
+    "lora-7b-checkpointed": ("7b", LORA | PACKED | {"gradient_checkpointing": True}),
+    "lora-1.5b-packed": ("1.5b", LORA | PACKED),
+    "full-0.5b-packed": ("0.5b", BASE | PACKED | {"finetuning_type": "full", "learning_rate": 1e-5}),
     "lora-0.5b-packed": ("0.5b", LORA | PACKED),
     "lora-0.5b-default": ("0.5b", LORA | DEFAULT),
     "lora-smollm2-packed": ("smollm2", LORA | PACKED),
@@ -164,6 +167,7 @@ def main() -> None:
     add_work(parser)
     parser.add_argument("--set", action="append", default=[], help="a setting of burnish's more, as key=value")
     parser.add_argument("--peer", choices=["trl"], help="run the same work with it, right after each run")
+    parser.add_argument("--peer-steps", type=int, help="timed steps of the peer (default: --steps)")
     parser.add_argument("--peer-attention", action="append", help="only these (default: what runs, flex first)")
     parser.add_argument("--peer-set", action="append", default=[], help="a setting of SFTConfig more, as key=JSON")
     parser.add_argument("--out", required=True)
@@ -190,6 +194,7 @@ def main() -> None:
         if args.peer:
             more = [word for setting in args.peer_set for word in ("--set", setting)]
             choices = args.peer_attention or ATTENTION[name.rpartition("-")[2]]
+            more += ["--steps", str(args.peer_steps or args.steps)]
             theirs = keep(peer_of(name, [*shared, *more], choices), "trl", "liger-kernel")
             if ours and theirs:
                 ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
