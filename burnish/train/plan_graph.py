@@ -1,0 +1,324 @@
+"""What a compiled block computes and holds, read off the graphs that torch's compiler makes of it.
+
+    forward and backward graph  →  kernels: FLOPs and bytes a token     (plan_speed.py makes milliseconds of them)
+                                →  the most bytes alive at one time     (plan_memory.py)
+
+Every size is `per_token`, or fixed where the number of tokens does not enter. Element-wise work is fused as inductor
+does it: between two matrix products (or attention) it is one kernel, that reads and writes what crosses its border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.fx import GraphModule, Node
+
+Kind = Literal["product", "swiglu", "attention", "element-wise"]
+
+
+class Amount(NamedTuple):
+    """`per_token` × tokens + `fixed`."""
+
+    per_token: float = 0.0
+    fixed: float = 0.0
+
+    def plus(self, other: Amount, times: float = 1.0) -> Amount:
+        return Amount(self.per_token + times * other.per_token, self.fixed + times * other.fixed)
+
+    def at(self, tokens: float) -> float:
+        return self.per_token * tokens + self.fixed
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: multiplications and additions of a token, and bytes read and written."""
+
+    kind: Kind
+    flops: float
+    moved: Amount
+    width: int = 0  # attention: heads × their size
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one graph does, and the most bytes that it holds at once, what it was handed included."""
+
+    kernels: tuple[Kernel, ...] = ()
+    most_alive: Amount = field(default=Amount())
+
+
+VIEWS = frozenset(
+    {"view", "reshape", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "select",
+     "slice", "alias", "detach", "split", "split_with_sizes", "as_strided", "unbind", "chunk"}
+)  # fmt: skip
+NOT_FUSED = frozenset(
+    {"mm", "addmm", "bmm", "baddbmm", "convolution", "index_put", "scatter", "scatter_add", "index_add", "sort", "topk",
+     "_grouped_mm", "grouped_mm", "embedding_dense_backward"}
+)  # fmt: skip
+
+
+class Graph:
+    """An FX graph of `tokens` tokens whose sizes are known (a SymInt's hint is the size that was traced)."""
+
+    def __init__(self, module: GraphModule, tokens: int):
+        self.nodes, self.tokens = list(module.graph.nodes), tokens
+        self.kept = {node for node in self.nodes if self._is_kept(node)}
+
+    def work(self) -> Work:
+        return Work(tuple(self._kernels()), self._most_alive())
+
+    # ---- sizes -------------------------------------------------------------------------------------------------------
+
+    def size(self, value: Any) -> Amount:
+        """Bytes of a tensor, or of several."""
+        if isinstance(value, tuple | list):
+            total = Amount()
+            for each in value:
+                total = total.plus(self.size(each))
+            return total
+        if not isinstance(value, torch.Tensor):
+            return Amount()
+        bytes_ = prod(_hint(size) for size in value.shape) * value.element_size()
+        grows = any(isinstance(size, torch.SymInt) and _hint(size) >= self.tokens for size in value.shape)
+        return Amount(bytes_ / self.tokens, 0.0) if grows else Amount(0.0, bytes_)
+
+    def _size_of(self, node: Node) -> Amount:
+        return self.size(node.meta.get("val"))
+
+    # ---- what is written to memory ------------------------------------------------------------------------------------
+
+    def _is_kept(self, node: Node) -> bool:
+        """Whether its value exists in memory: an input, what a kernel of its own gives, what such a kernel reads."""
+        if node.op == "placeholder":
+            return True
+        if node.op != "call_function" or _is_view(node):
+            return False
+        if _is_own_kernel(node):
+            return not isinstance(node.meta.get("val"), tuple | list)
+        if _is_part(node):
+            return _is_own_kernel(node.args[0])
+        return any(user.op == "output" or _is_own_kernel(user) for user in _users(node))
+
+    def _sources(self, node: Node) -> set[Node]:
+        """The tensors in memory that a value is computed from, through views and fused operations."""
+        found: set[Node] = set()
+        waiting, seen = list(node.all_input_nodes), set()
+        while waiting:
+            each = waiting.pop()
+            if each in seen:
+                continue
+            seen.add(each)
+            if each in self.kept:
+                found.add(each)
+            else:
+                waiting += each.all_input_nodes
+        return found
+
+    # ---- kernels -----------------------------------------------------------------------------------------------------
+
+    def _kernels(self) -> Iterator[Kernel]:
+        """Kernels of their own, and one for all the fused work that waits for the same of them."""
+        level: dict[Node, int] = {}
+        groups: dict[int, set[Node]] = {}
+        for number, node in enumerate(self.nodes):
+            before = max((level[each] for each in node.all_input_nodes), default=0)
+            own = node.op == "call_function" and _is_own_kernel(node)
+            level[node] = number if own else before
+            if own:
+                yield from self._own_kernels(node)
+            elif node in self.kept and node.op == "call_function" and not _is_part(node):
+                groups.setdefault(before, set()).add(node)
+        for members in groups.values():
+            read = set().union(*(self._sources(node) for node in members)) - members
+            moved = Amount()
+            for node in (*members, *read):
+                moved = moved.plus(self._size_of(node))
+            yield Kernel("element-wise", 0.0, moved)
+
+    def _own_kernels(self, node: Node) -> Iterator[Kernel]:
+        name = _name(node)
+        if name in OPERATIONS:
+            yield from OPERATIONS[name].kernels(self, node)
+            return
+        moved = self._size_of(node)
+        for each in node.all_input_nodes:
+            moved = moved.plus(self._size_of(each))
+        matrices = [each.meta["val"] for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
+        flops = 0.0
+        if name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm"):
+            left, right = [m for m in matrices if m.dim() >= 2][-2:] if len(matrices) > 1 else matrices * 2
+            flops = 2.0 * prod(map(_hint, left.shape)) * _hint(right.shape[-1]) / self.tokens
+        yield Kernel("product" if flops else "element-wise", flops, moved)
+
+    # ---- what is alive ------------------------------------------------------------------------------------------------
+
+    def _most_alive(self) -> Amount:
+        """The largest moment, in the order of the graph: a value goes when its last reader has run."""
+        last: dict[Node, int] = {}
+        for number, node in enumerate(self.nodes):
+            for source in self._sources(node):
+                last[source] = number
+        handed_in = [node for node in self.nodes if node.op == "placeholder" and self._size_of(node).per_token]
+        alive, most = Amount(), Amount()
+        for node in handed_in:
+            alive = alive.plus(self._size_of(node))
+        ends: dict[int, list[Node]] = {}
+        for node, number in last.items():
+            if node.op == "placeholder" and node not in handed_in:  # weights, which stay
+                continue
+            ends.setdefault(number, []).append(node)
+        for number, node in enumerate(self.nodes):
+            inside = Amount()
+            if node.op == "call_function" and _is_own_kernel(node):
+                operation = OPERATIONS.get(_name(node))
+                inside = operation.inside(self, node) if operation else Amount()
+                alive = alive.plus(self._size_of(node))  # its parts, if several, are counted here
+            elif node in self.kept and node.op == "call_function" and not _is_part(node):
+                alive = alive.plus(self._size_of(node))
+            here = alive.plus(inside)
+            if here.at(self.tokens) > most.at(self.tokens):
+                most = here
+            for each in ends.get(number, ()):
+                alive = alive.plus(self._size_of(each), -1.0)
+        return most
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _name(node: Node) -> str:
+    target: Any = node.target
+    return target._schema.name.rpartition("::")[2] if hasattr(target, "_schema") else getattr(target, "__name__", "")
+
+
+def _is_view(node: Node) -> bool:
+    return _name(node) in VIEWS or (_is_part(node) and not _is_own_kernel(node.args[0]))
+
+
+def _is_part(node: Node) -> bool:
+    return _name(node) == "getitem" and isinstance(node.args[0], Node)
+
+
+def _is_own_kernel(node: Any) -> bool:
+    """A matrix product, attention, an operator of somebody's own: what inductor calls and does not fuse."""
+    target = node.target
+    if node.op != "call_function" or not hasattr(target, "_schema"):
+        return False
+    room, _, name = target._schema.name.partition("::")
+    return room not in ("aten", "prims", "inductor_prims", "_c10d_functional") or name in NOT_FUSED
+
+
+def _users(node: Node) -> Iterator[Node]:
+    """Who reads a value, views passed over."""
+    for user in node.users:
+        if user.op == "call_function" and _is_view(user):
+            yield from _users(user)
+        else:
+            yield user
+
+
+# ---- operators that the compiler does not look into ------------------------------------------------------------------
+
+
+def _matrix(graph: Graph, width: int, into: int, *, reads_too: bool = False, dtype: int = 2) -> Kernel:
+    """[tokens, width] × [width, into]; `reads_too`: added to what is there."""
+    return Kernel(
+        "product", 2.0 * width * into, Amount(dtype * (width + into * (2 if reads_too else 1)), dtype * width * into)
+    )
+
+
+def _gradient(graph: Graph, width: int, into: int, *, dtype: int = 2) -> Kernel:
+    """[width, tokens] × [tokens, into]."""
+    return replace(_matrix(graph, width, into, dtype=dtype))
+
+
+def _shapes(node: Node) -> list[Any]:
+    return [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
+
+
+def _lora_linear(graph: Graph, node: Node) -> Iterator[Kernel]:
+    _, weight, _, a, *_ = _shapes(node)
+    (n, k), r = weight.shape, a.shape[0]
+    yield _matrix(graph, k, r)
+    yield _matrix(graph, r, n)
+    yield _matrix(graph, k, n, reads_too=True)
+
+
+def _lora_linear_backward(graph: Graph, node: Node) -> Iterator[Kernel]:
+    _, _, weight, a, *_, needs_x = _shapes(node)
+    (n, k), r = weight.shape, a.shape[0]
+    yield _matrix(graph, n, r)
+    if needs_x:
+        yield _matrix(graph, r, k)
+        yield _matrix(graph, n, k, reads_too=True)
+    yield _gradient(graph, r, k)
+    yield _gradient(graph, r, n)
+
+
+def _lora_mlp(graph: Graph, node: Node) -> Iterator[Kernel]:
+    _, weight, a, *_ = _shapes(node)
+    (n, k), r = weight.shape, a.shape[0]
+    yield from (_matrix(graph, k, 2 * r), _matrix(graph, k, n), _matrix(graph, k, n))
+    yield Kernel("swiglu", 0.0, Amount(2 * 3 * n))
+    yield from (_matrix(graph, n, r), _matrix(graph, r, k), _matrix(graph, n, k, reads_too=True))
+
+
+def _lora_mlp_backward(graph: Graph, node: Node) -> Iterator[Kernel]:
+    (n, k), r = _shapes(node)[6].shape, _shapes(node)[7].shape[0]
+    yield from (_matrix(graph, k, r), _gradient(graph, r, k), _matrix(graph, k, n))
+    yield Kernel("swiglu", 0.0, Amount(2 * 5 * n, 0))
+    yield from (_matrix(graph, n, r), _matrix(graph, n, r), _gradient(graph, 2 * r, k), _matrix(graph, 2 * r, k))
+    yield from (_matrix(graph, n, k, reads_too=True), _matrix(graph, n, k, reads_too=True))
+
+
+def _inside_lora_mlp(graph: Graph, node: Node) -> Amount:
+    """h."""
+    return Amount(2.0 * _shapes(node)[1].shape[0])
+
+
+def _inside_lora_mlp_backward(graph: Graph, node: Node) -> Amount:
+    """∂h, ∂g, ∂u, and sums of [3, r, N] float32 for each 512 rows (kernels/on_gpu.py)."""
+    n, r = _shapes(node)[6].shape[0], _shapes(node)[7].shape[0]
+    return Amount(2.0 * 3 * n + 3 * r * n * 4 / 512)
+
+
+def _attention(graph: Graph, node: Node) -> Iterator[Kernel]:
+    """Its FLOPs depend on the lengths of documents: plan_speed.py knows them."""
+    inputs = [each for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
+    query = next(each.meta["val"] for each in inputs if each.meta["val"].dim() == 3)
+    moved = graph.size(node.meta["val"])
+    for each in inputs:
+        moved = moved.plus(graph.size(each.meta["val"]))
+    yield Kernel("attention", 0.0, moved, width=query.shape[-2] * query.shape[-1])
+
+
+def _inside_attention_backward(graph: Graph, node: Node) -> Amount:
+    """∂q is added up in float32; with grouped heads ∂k and ∂v first exist once for each query head."""
+    query = _shapes(node)[1]
+    width = query.shape[-2] * query.shape[-1]
+    grouped = _shapes(node)[2].shape[-2] != query.shape[-2]
+    return Amount(width * (4.0 + (4.0 if grouped else 0.0)))
+
+
+def _nothing(graph: Graph, node: Node) -> Amount:
+    return Amount()
+
+
+class Operation(NamedTuple):
+    kernels: Callable[[Graph, Node], Iterator[Kernel]]
+    inside: Callable[[Graph, Node], Amount] = _nothing
+
+
+OPERATIONS = {
+    "lora_linear": Operation(_lora_linear),
+    "lora_linear_backward": Operation(_lora_linear_backward),
+    "lora_mlp": Operation(_lora_mlp, _inside_lora_mlp),
+    "lora_mlp_backward": Operation(_lora_mlp_backward, _inside_lora_mlp_backward),
+    "_varlen_attn": Operation(_attention),
+    "_varlen_attn_backward": Operation(_attention, _inside_attention_backward),
+}
