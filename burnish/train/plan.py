@@ -13,7 +13,7 @@ same, on paper. Only where that does not suffice does a run not fit, and then ot
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TIMED_STEPS = 50
 SHORTEST_CUTOFF = 512
-MOST_RANKS = 8
+DEVICES = (2, 4, 8)  # that are tried
 ZERO_3 = "examples/deepspeed/ds_z3_config.json"
 
 
@@ -204,7 +204,7 @@ def _shape(key: _Key) -> Shape:
     return shape_of_model(key.asked)
 
 
-# ---- what to change ----------------------------------------------------------------------------------------------------
+# ---- what to change ------------------------------------------------------------------------------------------------
 
 
 def _remedies(run: Run, rows: Rows, device: Device) -> Iterator[Remedy]:
@@ -240,9 +240,9 @@ def _changes(run: Run) -> Iterator[list[tuple[str, Run]]]:
             model = replace(asked.model, quantization_bit=4)
             yield [("quantization_bit: 4", replace(run, asked=replace(asked, model=model, compiled=False)))]
     yield list(_shorter(run))
-    if held.ranks < MOST_RANKS and not asked.model.quantization_bit and not held.pure_bf16:
-        yield [(f"deepspeed: {ZERO_3} on {ranks} devices", _divided(run, ranks)) for ranks in (2, 4, 8)
-               if ranks > held.ranks]  # fmt: skip
+    if held.stage < 3 and not asked.model.quantization_bit and not held.pure_bf16:
+        words = f"deepspeed: {ZERO_3} and gradient_checkpointing: true, on {{}} devices"
+        yield [(words.format(ranks), _divided(run, ranks)) for ranks in DEVICES if ranks >= held.ranks]
 
 
 def _shorter(run: Run) -> Iterator[tuple[str, Run]]:
@@ -258,12 +258,13 @@ def _divided(run: Run, ranks: int) -> Run:
         run,
         asked=replace(run.asked, compiled=False),
         held=replace(run.held, stage=3, ranks=ranks),
+        recompute=True,
         batching=replace(run.batching, ranks=ranks),
         most_tokens=None,
     )
 
 
-# ---- reading settings ---------------------------------------------------------------------------------------------------
+# ---- reading settings ----------------------------------------------------------------------------------------------
 
 
 def _dtype(settings: Settings) -> torch.dtype:

@@ -23,7 +23,8 @@ from torch.nn.attention.varlen import varlen_attn
 from burnish.model.attention import GROUPED
 from burnish.model.head import decoder_of, unwrap
 from burnish.model.probe import packed_inputs
-from burnish.train.plan_graph import Amount, Graph, Kernel, Work
+from burnish.train.plan_graph import Graph
+from burnish.train.plan_kernels import Amount, Kernel, Work
 from burnish.tuning.blocks import find_blocks
 
 TOKENS = 2048  # of the pass that is measured; everything grows with them
@@ -38,7 +39,8 @@ class BlockCost:
     input: Amount
     forward: Work
     backward: Work
-    compiled: str = ""  # why it is not, where it should be
+    fused: bool = True
+    why_not: str = ""  # compiled, where that was wanted
 
     @property
     def extra_backward(self) -> Amount:
@@ -97,7 +99,7 @@ def register() -> None:
     AttentionInterface.register(STAND_IN, stand_in)
 
 
-# ---- one pass ----------------------------------------------------------------------------------------------------------
+# ---- one pass ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-# ---- one block -----------------------------------------------------------------------------------------------------------
+# ---- one block -----------------------------------------------------------------------------------------------------
 
 
 def _kind_of(block: nn.Module, call: Call) -> Any:
@@ -196,7 +198,7 @@ def _measure_block(block: nn.Module, call: Call, tokens: int, *, compiled: bool)
     forward, backward = (graphs.get(name, Work()) for name in ("forward", "backward"))
     if not forward.kernels:
         forward, backward = _by_weights(block, kept, hidden.requires_grad)
-    return BlockCost(kept, size, forward, backward, why if compiled else "")
+    return BlockCost(kept, size, forward, backward, compiled and not why, why if compiled else "")
 
 
 def _run(block: nn.Module, hidden: Tensor, call: Call, tokens: int, graphs: dict[str, Work] | None) -> Amount:

@@ -9,56 +9,23 @@ does it: between two matrix products (or attention) it is one kernel, that reads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-Kind = Literal["product", "swiglu", "attention", "element-wise"]
-
-
-class Amount(NamedTuple):
-    """`per_token` × tokens + `fixed`."""
-
-    per_token: float = 0.0
-    fixed: float = 0.0
-
-    def plus(self, other: Amount, times: float = 1.0) -> Amount:
-        return Amount(self.per_token + times * other.per_token, self.fixed + times * other.fixed)
-
-    def at(self, tokens: float) -> float:
-        return self.per_token * tokens + self.fixed
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One launch: multiplications and additions of a token, and bytes read and written."""
-
-    kind: Kind
-    flops: float
-    moved: Amount
-    width: int = 0  # attention: heads × their size
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one graph does, and the most bytes that it holds at once, what it was handed included."""
-
-    kernels: tuple[Kernel, ...] = ()
-    most_alive: Amount = field(default=Amount())
-
+from burnish.train.plan_kernels import OPERATORS, Amount, Kernel, Work
 
 VIEWS = frozenset(
     {"view", "reshape", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "select",
      "slice", "alias", "detach", "split", "split_with_sizes", "as_strided", "unbind", "chunk"}
 )  # fmt: skip
-NOT_FUSED = frozenset(
-    {"mm", "addmm", "bmm", "baddbmm", "convolution", "index_put", "scatter", "scatter_add", "index_add", "sort", "topk",
-     "_grouped_mm", "grouped_mm", "embedding_dense_backward"}
-)  # fmt: skip
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm"})
+NOT_FUSED = PRODUCTS | {
+    *("convolution", "index_put", "scatter", "scatter_add", "index_add", "sort", "topk", "embedding_dense_backward")
+}
 
 
 class Graph:
@@ -71,7 +38,7 @@ class Graph:
     def work(self) -> Work:
         return Work(tuple(self._kernels()), self._most_alive())
 
-    # ---- sizes -------------------------------------------------------------------------------------------------------
+    # ---- sizes -----------------------------------------------------------------------------------------------------
 
     def size(self, value: Any) -> Amount:
         """Bytes of a tensor, or of several."""
@@ -89,7 +56,7 @@ class Graph:
     def _size_of(self, node: Node) -> Amount:
         return self.size(node.meta.get("val"))
 
-    # ---- what is written to memory ------------------------------------------------------------------------------------
+    # ---- what is written to memory ---------------------------------------------------------------------------------
 
     def _is_kept(self, node: Node) -> bool:
         """Whether its value exists in memory: an input, what a kernel of its own gives, what such a kernel reads."""
@@ -118,7 +85,7 @@ class Graph:
                 waiting += each.all_input_nodes
         return found
 
-    # ---- kernels -----------------------------------------------------------------------------------------------------
+    # ---- kernels ---------------------------------------------------------------------------------------------------
 
     def _kernels(self) -> Iterator[Kernel]:
         """Kernels of their own, and one for all the fused work that waits for the same of them."""
@@ -141,20 +108,19 @@ class Graph:
 
     def _own_kernels(self, node: Node) -> Iterator[Kernel]:
         name = _name(node)
-        if name in OPERATIONS:
-            yield from OPERATIONS[name].kernels(self, node)
-            return
         moved = self._size_of(node)
         for each in node.all_input_nodes:
             moved = moved.plus(self._size_of(each))
-        matrices = [each.meta["val"] for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
-        flops = 0.0
-        if name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm"):
-            left, right = [m for m in matrices if m.dim() >= 2][-2:] if len(matrices) > 1 else matrices * 2
+        if name in OPERATORS:
+            yield from OPERATORS[name].kernels(_values(node), moved)
+        elif name in PRODUCTS:
+            left, right = [value for value in _values(node) if getattr(value, "ndim", 0) >= 2][-2:]
             flops = 2.0 * prod(map(_hint, left.shape)) * _hint(right.shape[-1]) / self.tokens
-        yield Kernel("product" if flops else "element-wise", flops, moved)
+            yield Kernel("product", flops, moved)
+        else:
+            yield Kernel("element-wise", 0.0, moved)
 
-    # ---- what is alive ------------------------------------------------------------------------------------------------
+    # ---- what is alive ---------------------------------------------------------------------------------------------
 
     def _most_alive(self) -> Amount:
         """The largest moment, in the order of the graph: a value goes when its last reader has run."""
@@ -174,8 +140,8 @@ class Graph:
         for number, node in enumerate(self.nodes):
             inside = Amount()
             if node.op == "call_function" and _is_own_kernel(node):
-                operation = OPERATIONS.get(_name(node))
-                inside = operation.inside(self, node) if operation else Amount()
+                operator = OPERATORS.get(_name(node))
+                inside = operator.inside(_values(node)) if operator else Amount()
                 alive = alive.plus(self._size_of(node))  # its parts, if several, are counted here
             elif node in self.kept and node.op == "call_function" and not _is_part(node):
                 alive = alive.plus(self._size_of(node))
@@ -194,6 +160,10 @@ def _hint(size: Any) -> int:
 def _name(node: Node) -> str:
     target: Any = node.target
     return target._schema.name.rpartition("::")[2] if hasattr(target, "_schema") else getattr(target, "__name__", "")
+
+
+def _values(node: Node) -> list[Any]:
+    return [each.meta.get("val") if isinstance(each, Node) else each for each in node.args]
 
 
 def _is_view(node: Node) -> bool:
@@ -220,105 +190,3 @@ def _users(node: Node) -> Iterator[Node]:
             yield from _users(user)
         else:
             yield user
-
-
-# ---- operators that the compiler does not look into ------------------------------------------------------------------
-
-
-def _matrix(graph: Graph, width: int, into: int, *, reads_too: bool = False, dtype: int = 2) -> Kernel:
-    """[tokens, width] × [width, into]; `reads_too`: added to what is there."""
-    return Kernel(
-        "product", 2.0 * width * into, Amount(dtype * (width + into * (2 if reads_too else 1)), dtype * width * into)
-    )
-
-
-def _gradient(graph: Graph, width: int, into: int, *, dtype: int = 2) -> Kernel:
-    """[width, tokens] × [tokens, into]."""
-    return replace(_matrix(graph, width, into, dtype=dtype))
-
-
-def _shapes(node: Node) -> list[Any]:
-    return [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
-
-
-def _lora_linear(graph: Graph, node: Node) -> Iterator[Kernel]:
-    _, weight, _, a, *_ = _shapes(node)
-    (n, k), r = weight.shape, a.shape[0]
-    yield _matrix(graph, k, r)
-    yield _matrix(graph, r, n)
-    yield _matrix(graph, k, n, reads_too=True)
-
-
-def _lora_linear_backward(graph: Graph, node: Node) -> Iterator[Kernel]:
-    _, _, weight, a, *_, needs_x = _shapes(node)
-    (n, k), r = weight.shape, a.shape[0]
-    yield _matrix(graph, n, r)
-    if needs_x:
-        yield _matrix(graph, r, k)
-        yield _matrix(graph, n, k, reads_too=True)
-    yield _gradient(graph, r, k)
-    yield _gradient(graph, r, n)
-
-
-def _lora_mlp(graph: Graph, node: Node) -> Iterator[Kernel]:
-    _, weight, a, *_ = _shapes(node)
-    (n, k), r = weight.shape, a.shape[0]
-    yield from (_matrix(graph, k, 2 * r), _matrix(graph, k, n), _matrix(graph, k, n))
-    yield Kernel("swiglu", 0.0, Amount(2 * 3 * n))
-    yield from (_matrix(graph, n, r), _matrix(graph, r, k), _matrix(graph, n, k, reads_too=True))
-
-
-def _lora_mlp_backward(graph: Graph, node: Node) -> Iterator[Kernel]:
-    (n, k), r = _shapes(node)[6].shape, _shapes(node)[7].shape[0]
-    yield from (_matrix(graph, k, r), _gradient(graph, r, k), _matrix(graph, k, n))
-    yield Kernel("swiglu", 0.0, Amount(2 * 5 * n, 0))
-    yield from (_matrix(graph, n, r), _matrix(graph, n, r), _gradient(graph, 2 * r, k), _matrix(graph, 2 * r, k))
-    yield from (_matrix(graph, n, k, reads_too=True), _matrix(graph, n, k, reads_too=True))
-
-
-def _inside_lora_mlp(graph: Graph, node: Node) -> Amount:
-    """h."""
-    return Amount(2.0 * _shapes(node)[1].shape[0])
-
-
-def _inside_lora_mlp_backward(graph: Graph, node: Node) -> Amount:
-    """∂h, ∂g, ∂u, and sums of [3, r, N] float32 for each 512 rows (kernels/on_gpu.py)."""
-    n, r = _shapes(node)[6].shape[0], _shapes(node)[7].shape[0]
-    return Amount(2.0 * 3 * n + 3 * r * n * 4 / 512)
-
-
-def _attention(graph: Graph, node: Node) -> Iterator[Kernel]:
-    """Its FLOPs depend on the lengths of documents: plan_speed.py knows them."""
-    inputs = [each for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
-    query = next(each.meta["val"] for each in inputs if each.meta["val"].dim() == 3)
-    moved = graph.size(node.meta["val"])
-    for each in inputs:
-        moved = moved.plus(graph.size(each.meta["val"]))
-    yield Kernel("attention", 0.0, moved, width=query.shape[-2] * query.shape[-1])
-
-
-def _inside_attention_backward(graph: Graph, node: Node) -> Amount:
-    """∂q is added up in float32; with grouped heads ∂k and ∂v first exist once for each query head."""
-    query = _shapes(node)[1]
-    width = query.shape[-2] * query.shape[-1]
-    grouped = _shapes(node)[2].shape[-2] != query.shape[-2]
-    return Amount(width * (4.0 + (4.0 if grouped else 0.0)))
-
-
-def _nothing(graph: Graph, node: Node) -> Amount:
-    return Amount()
-
-
-class Operation(NamedTuple):
-    kernels: Callable[[Graph, Node], Iterator[Kernel]]
-    inside: Callable[[Graph, Node], Amount] = _nothing
-
-
-OPERATIONS = {
-    "lora_linear": Operation(_lora_linear),
-    "lora_linear_backward": Operation(_lora_linear_backward),
-    "lora_mlp": Operation(_lora_mlp, _inside_lora_mlp),
-    "lora_mlp_backward": Operation(_lora_mlp_backward, _inside_lora_mlp_backward),
-    "_varlen_attn": Operation(_attention),
-    "_varlen_attn_backward": Operation(_attention, _inside_attention_backward),
-}

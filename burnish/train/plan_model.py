@@ -51,6 +51,7 @@ class Shape:
     trains_embedding: bool
     tied: bool
     largest: float  # bytes of the largest quantized weight, while it is dequantized
+    dequantized: float  # bytes read and written to dequantize all of them once
     dtype: torch.dtype
     measured: Measured
     layers: int
@@ -153,7 +154,6 @@ def _shape(model: nn.Module, asked: Asked, measured: Measured) -> Shape:
 
     of_blocks = tuple(part(block.parameters()) for block in blocks)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    largest = max((size for size in quantized.values()), default=0) * torch.empty((), dtype=asked.dtype).element_size()
     return Shape(
         blocks=of_blocks,
         outside=part(model.parameters()),
@@ -162,7 +162,8 @@ def _shape(model: nn.Module, asked: Asked, measured: Measured) -> Shape:
         trains_head=any(weight.requires_grad for weight in head.parameters()),
         trains_embedding=any(weight.requires_grad for weight in embedding.parameters()),
         tied=_weight(head) is _weight(embedding),
-        largest=largest,
+        largest=max(quantized.values(), default=0) * asked.dtype.itemsize,
+        dequantized=sum(quantized.values()) * (share + asked.dtype.itemsize),
         dtype=asked.dtype,
         measured=measured,
         layers=len(blocks),

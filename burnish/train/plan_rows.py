@@ -40,7 +40,8 @@ def lengths_of(settings: Settings, get: Callable[[DataArguments], Any]) -> Rows:
     try:
         store = get(replace(data, eval_dataset=None)).train
     except UserError as error:
-        return Rows.unread(data.cutoff_len, error.problems[0].message)
+        problem = error.problems[0]
+        return Rows.unread(data.cutoff_len, f"{problem.place} {problem.message}")
     if not isinstance(store, SampleStore):
         return Rows.unread(data.cutoff_len, "there is nothing to train on")
     lengths = np.diff(store.offsets)
