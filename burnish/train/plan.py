@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from burnish.errors import UserError
 from burnish.train.passes import AUTO, EFFICIENT
 from burnish.train.plan_devices import Device
 from burnish.train.plan_memory import GIB, Held, Memory, most_memory
@@ -50,6 +51,10 @@ class Run:
 
     @classmethod
     def of(cls, settings: Settings, ranks: int) -> Run:
+        """Raises UserError for attention that holds lengths × lengths."""
+        if settings.model.flash_attn in ("disabled", "off"):
+            message = "is not planned: its memory is the square of lengths"
+            raise UserError(settings.problem("flash_attn", message, "leave it out"))
         stage, offloaded = _zero(settings.value("deepspeed"))
         padded = settings.model.flash_attn not in ("auto", "fa2", "fa3") or not settings.data.ignore_pad_token_for_loss
         dtype = _dtype(settings)
@@ -63,7 +68,6 @@ class Run:
                 settings.finetuning,
                 dtype,
                 compiled=wanted and not (stage or padded or bits),
-                own_attention=settings.model.flash_attn in ("disabled", "off"),
             ),
             held=Held(
                 settings.value("optim"),
@@ -135,9 +139,7 @@ def make_plan(run: Run, rows: Rows, device: Device) -> Plan:
 def _plan(run: Run, rows: Rows, device: Device) -> Plan:
     rows = rows.cut_to(run.cutoff_len)
     steps = steps_of(rows, run.batching)
-    longest = int(rows.lengths.max()) if run.batching.pack_to is None else run.cutoff_len
-    asked = replace(run.asked, tokens=longest) if run.asked.own_attention else run.asked
-    shape = _shape(_Key(asked))
+    shape = _shape(_Key(run.asked))
     most, recomputed = run.most_tokens, shape.layers if run.recompute else 0
     while True:
         cut = [passes_of(step, most, padded=run.batching.padded) for step in steps]

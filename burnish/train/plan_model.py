@@ -20,7 +20,7 @@ from burnish.model.arguments import ModelArguments
 from burnish.model.head import unwrap
 from burnish.model.patch import size_of
 from burnish.model.source import ADAPTER_CONFIG, find_folder, find_model, first_line, read_json, runs_own_code
-from burnish.train.plan_block import STAND_IN, TOKENS, Measured, measure, register
+from burnish.train.plan_block import STAND_IN, Measured, measure, register
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import find_blocks, linear_layers
@@ -74,8 +74,6 @@ class Asked:
     tuning: FinetuningArguments
     dtype: torch.dtype
     compiled: bool
-    own_attention: bool = False  # flash_attn: disabled, which holds lengths × lengths
-    tokens: int = TOKENS
 
 
 def shape_of_model(asked: Asked) -> Shape:
@@ -84,20 +82,21 @@ def shape_of_model(asked: Asked) -> Shape:
     folder = find_model(asked.model, weights=False)
     config = _config(folder, asked.model)
     with torch.device("meta"):
-        own: dict[str, Any] = {"attn_implementation": "eager" if asked.own_attention else STAND_IN}
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=asked.dtype, trust_remote_code=runs_own_code(folder, asked.model), **own
-        )
+        how: dict[str, Any] = {"dtype": asked.dtype, "attn_implementation": STAND_IN}
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=runs_own_code(folder, asked.model), **how)
     model.name_or_path = str(asked.model.model_name_or_path)
     tuning, model_args = _as_a_new_adapter(asked)
     model = fuse_lora(init_adapter(model, tuning, model_args, trainable=True))
     if asked.compiled:
         fuse_mlp(model)
     try:
-        measured = measure(model, compiled=asked.compiled, tokens=asked.tokens)
+        measured = measure(model, compiled=asked.compiled)
     except Exception as error:  # a model that reads numbers while it runs
-        message = f"cannot be planned: {type(unwrap(model)).__name__} needs numbers to run ({first_line(error)})"
-        raise UserError(Problem(str(asked.model.model_name_or_path), "", None, message, "train it and see")) from error
+        message = (
+            f"cannot be planned: {type(unwrap(model)).__name__} does not run on shapes alone ({first_line(error)})"
+        )
+        remedy = "train it: where memory does not suffice, passes become smaller by themselves"
+        raise UserError(Problem(str(asked.model.model_name_or_path), "", None, message, remedy)) from error
     return _shape(model, asked, measured)
 
 
