@@ -6,9 +6,9 @@ objective and batches, the terminal an engine. This file is where they meet.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import redirect_stdout
@@ -43,12 +43,13 @@ from burnish.export.run import Order, export_model
 from burnish.generate.engine import Engine
 from burnish.kernels.lora_mlp import HAS_TRITON
 from burnish.model.compile import compile_blocks
+from burnish.model.graphs import CudaRecorder, has_dropout, pays
 from burnish.model.head import CausalLoss, unwrap
 from burnish.model.loader import compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
 from burnish.model.positions import check_positions, warn_of_positions
 from burnish.model.probe import ForwardPath, choose_path, try_out
-from burnish.model.quantized import is_quantized
+from burnish.model.quantized import is_dequantized, is_quantized
 from burnish.model.recompute import Recompute
 from burnish.model.tokenizer import load_tokenizer
 from burnish.serve.server import open_place, serve
@@ -57,6 +58,7 @@ from burnish.train import checkpoint
 from burnish.train.card import write_card
 from burnish.train.distributed import stage_of, together
 from burnish.train.logs import LogCallback, ProgressCallback, save_metrics
+from burnish.train.passes import AUTO
 from burnish.train.peers import Peers
 from burnish.train.plan import Run, make_plan
 from burnish.train.plan_devices import DEFAULT, device_here, find_device
@@ -158,7 +160,7 @@ def run_plan(settings: Settings, options: PlanOptions) -> None:
     here = None if options.device else device_here()
     device = here or find_device(options.device or DEFAULT)
     ranks = options.devices or (torch.cuda.device_count() if here else 1)
-    with redirect_stdout(sys.stderr):  # what building a model has to say
+    with redirect_stdout(io.StringIO()):  # what building a model has to say
         plan = make_plan(Run.of(settings, ranks), lengths_of(settings, get), device)
     for line in [json.dumps(plan_as_json(plan), indent=1)] if options.as_json else plan_lines(plan):
         console.say(line)
@@ -179,9 +181,9 @@ def run_export(settings: Settings) -> None:
     model_args, notes = for_inference(settings)
     for note in notes:
         console.warn(note)
-    if model_args.quantization_bit is not None:
-        console.warn("quantization_bit is not used: an adapter is merged into the weights as they were published")
-        model_args = replace(model_args, quantization_bit=None)
+    if held := [name for name in ("quantization_bit", "base_dtype") if getattr(model_args, name) is not None]:
+        console.warn(f"{held[0]} is not used: an adapter is merged into the weights as they were published")
+        model_args = replace(model_args, quantization_bit=None, base_dtype=None)
     tokenizer = load_tokenizer(model_args)
     has_template = settings.data.template is not None or tokenizer.chat_template is not None
     template = _load_template(settings, tokenizer) if has_template else None
@@ -302,8 +304,8 @@ def _compile(model: Any, path: ForwardPath, args: Any) -> None:
         why = "DeepSpeed divides the model"
     elif not path.padding_free:
         why = "padded batches"
-    elif is_quantized(model):
-        why = "quantized weights"
+    elif is_dequantized(model):
+        why = "weights that bitsandbytes holds"
     else:
         if args.device.type == "cuda" and HAS_TRITON:  # without its kernels the operation is no gain
             fuse_mlp(model)
@@ -315,6 +317,45 @@ def _may_recompute(settings: Settings, args: Any, model: Any) -> Recompute | Non
     """Where `gradient_checkpointing` is left open a GPU's memory decides."""
     left_open = settings.value("gradient_checkpointing") is None and args.device.type == "cuda" and not stage_of(args)
     return Recompute(model, find_blocks(unwrap(model)).values()) if left_open else None
+
+
+def _may_record(settings: Settings, args: Any, model: Any, path: ForwardPath, rows: Any) -> CudaRecorder | None:
+    """What records passes, where it was asked for, or left open and pays on a GPU."""
+    if args.cuda_graphs is False or not args.do_train:
+        return None
+    why = _why_not_recorded(settings, args, model, path)
+    blocks = find_blocks(unwrap(model)).values()
+    if not why and (args.cuda_graphs or pays(blocks, _tokens_of_a_pass(settings, args, rows))):
+        console.say("passes over the blocks are recorded as CUDA graphs")
+        return CudaRecorder()
+    if args.cuda_graphs:
+        console.say(f"passes are not recorded as CUDA graphs: {why}")
+    return None
+
+
+def _why_not_recorded(settings: Settings, args: Any, model: Any, path: ForwardPath) -> str:
+    whys = {
+        "there is no GPU": args.device.type != "cuda",
+        "DeepSpeed divides the model": stage_of(args),
+        "padded batches": not path.padding_free,
+        "the model's own head and loss": not path.fused_head,
+        "it computes in float32": not (args.bf16 or args.fp16),
+        "quantized weights": is_quantized(model),
+        "pure_bf16 rounds gradients at random": settings.finetuning.pure_bf16,
+        "blocks are computed again": wants_gradient_checkpointing(args)[0],
+        "noise on the embeddings": args.neftune_noise_alpha,
+        "dropout": has_dropout(model),
+        "full_determinism launches kernels one by one": args.full_determinism,
+    }
+    return next((why for why, so in whys.items() if so), "")
+
+
+def _tokens_of_a_pass(settings: Settings, args: Any, rows: Any) -> float:
+    """About how many there will be; of a stream, whose lengths nobody knows, at most."""
+    packed = settings.data.packing and settings.finetuning.stage == "sft"
+    of_a_row = settings.data.cutoff_len if packed or not hasattr(rows, "lengths") else rows.lengths.mean()
+    most = AUTO if args.micro_batch_tokens == "auto" else int(args.micro_batch_tokens)
+    return min(of_a_row * args.per_device_train_batch_size * args.gradient_accumulation_steps, most)
 
 
 def _why_padded(settings: Settings) -> str:
@@ -356,6 +397,7 @@ def _make_trainer(
         count_correct=tuning.compute_accuracy,
         micro_batch_tokens=args.micro_batch_tokens,
         recompute=_may_recompute(settings, args, model),
+        recorder=_may_record(settings, args, model, path, datasets.train),
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Seq2SeqTrainingArguments
 
 from burnish.data.loader import collate
-from burnish.model.head import CausalLoss
-from burnish.model.probe import choose_path
+from burnish.model.arguments import ModelArguments
+from burnish.model.compile import compile_blocks
+from burnish.model.head import CausalLoss, unwrap
+from burnish.model.probe import choose_path, try_out
 from burnish.train.trainer import Trainer
+from burnish.tuning.adapter import init_adapter
+from burnish.tuning.arguments import FinetuningArguments
+from burnish.tuning.blocks import find_blocks
+from burnish.tuning.fuse import fuse_lora, fuse_mlp
 from burnish.types import IGNORE_INDEX, Sample
 
 VOCABULARY = 211
@@ -35,6 +42,28 @@ CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 def small_model(kind: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(CONFIGS[kind](**(SHAPE | changes)), dtype=dtype)
+
+
+def tuned(model: Any, method: str, **settings: Any) -> Any:
+    """`model` with the weights of a `finetuning_type` trained. An adapter adds something from the start."""
+    args = FinetuningArguments(finetuning_type=method, **({"freeze_trainable_layers": 2} | settings))
+    model = init_adapter(model, args, ModelArguments(model_name_or_path="small"), trainable=True)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return model.train()
+
+
+def on_the_fast_path(model: Any, *, compiled: bool) -> Any:
+    """As `burnish train` prepares a model: LoRA fused, on a GPU the MLP too, and its blocks compiled."""
+    path = choose_path(fuse_lora(model))
+    assert path.padding_free and path.fused_head, str(path)
+    if next(model.parameters()).is_cuda:
+        fuse_mlp(model)
+    if compiled:
+        assert compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model)) == ""
+    return model
 
 
 def samples(count: int, seed: int = 0, longest: int = 40) -> list[Sample]:

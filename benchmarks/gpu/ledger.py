@@ -54,7 +54,11 @@ class Recorder(TrainerCallback):
 
     def ledger(self) -> dict:
         events = self.profiler.key_averages()
-        on_gpu = [e for e in events if e.device_type == DeviceType.CUDA and e.self_device_time_total > 0]
+        on_gpu = [
+            e
+            for e in events
+            if e.device_type == DeviceType.CUDA and e.self_device_time_total > 0 and not e.is_user_annotation
+        ]  # an annotation spans kernels that are counted themselves
         kernels = [(e.key, e.self_device_time_total / 1e3 / STEPS, e.count // STEPS) for e in on_gpu]
         groups: dict[str, list[float]] = {}
         for name, ms, count in kernels:

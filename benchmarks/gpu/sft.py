@@ -1,10 +1,12 @@
 """Tokens per second and peak memory of `burnish train` on one GPU.
 
     python benchmarks/gpu/sft.py --tokenizer FOLDER --run lora-7b-packed --run lora-7b-default --out FILE.json
+    python benchmarks/gpu/sft.py --tokenizer FOLDER --run lora-0.5b-packed --peer trl --out FILE.json
 
-Every run is a command of a user (printed, and in the result file), started as `burnish train` starts it; a callback
-notes the device's clock after every step and asks nothing of the device while it works. The first steps are not timed.
-Real tokens alone count, and all tokens of the rows are trained.
+Every run is a command of a user (in the result file), started as `burnish train` starts it in a process of its own; a
+callback notes the device's clock after every step and asks nothing of the device while it works. The first steps are
+not timed. Real tokens alone count, and all tokens of the rows are trained. With `--peer trl` each run is followed by
+the same work in peers.py. The file is written after every run; one that fails prints its end, and the next is started.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -41,8 +44,13 @@ RUNS = {
     ),
     "lora-0.5b-packed": ("0.5b", LORA | PACKED),
     "lora-0.5b-default": ("0.5b", LORA | DEFAULT),
+    "lora-smollm2-packed": ("smollm2", LORA | PACKED),
+    "lora-smollm2-default": ("smollm2", LORA | DEFAULT),
 }  # fmt: skip
 NOT_TIMED = 4
+LIMIT = 240  # seconds for one run, with the loading
+# For packed rows the peer's first attention that runs is taken: TRL's own choice, FlashAttention, may not be installed.
+ATTENTION = {"packed": ["flex_attention", "sdpa"], "default": ["sdpa"]}
 
 
 class Clock(TrainerCallback):
@@ -81,17 +89,37 @@ class Clock(TrainerCallback):
         }
 
 
-def run(name: str, args: argparse.Namespace) -> dict[str, float | str]:
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """The options that burnish's runs and a peer's share."""
+    parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json of at most 151,900 tokens")
+    parser.add_argument("--smollm2", help="folder of the real SmolLM2-135M-Instruct, for the runs of that name")
+    parser.add_argument("--steps", type=int, default=16, help="timed steps")
+    parser.add_argument("--folder", default="/tmp/burnish-work", help="where models and rows are made")
+
+
+def work_of(name: str, args: argparse.Namespace) -> tuple[Path, Path]:
+    """The model's folder and the file of rows, made if they are not there; rows are of words of the model's own."""
+    shape, folder = RUNS[name][0], Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    real = shape == "smollm2"
+    if real and not args.smollm2:
+        raise SystemExit(f"{name} needs --smollm2 FOLDER")
+    tokenizer = Path(args.smollm2 if real else args.tokenizer)
+    rows = folder / ("rows-smollm2.json" if real else "rows.json")
+    if not rows.exists():
+        make_rows(tokenizer, rows)
+    return tokenizer if real else make_model(shape, tokenizer, folder), rows
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from burnish.arguments.parse import parse_command
     from burnish.workflow import run_train
 
-    shape, settings = RUNS[name]
-    folder = Path(args.folder)
+    model, rows = work_of(name, args)
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
-        settings = settings | {
-            "model_name_or_path": make_model(shape, Path(args.tokenizer), folder), "dataset": folder / "rows.json",
-            "output_dir": output, "max_steps": args.steps + NOT_TIMED,
+        settings = RUNS[name][1] | {
+            "model_name_or_path": model, "dataset": rows, "output_dir": output, "max_steps": args.steps + NOT_TIMED,
         }  # fmt: skip
         words = [f"{key}={value}" for key, value in settings.items()] + args.set
         run_train(parse_command("train", words), [clock])
@@ -99,49 +127,72 @@ def run(name: str, args: argparse.Namespace) -> dict[str, float | str]:
     return {"name": name, **clock.result(), "command": command}
 
 
+def result_of(script: str, words: list[str]) -> dict[str, Any] | None:
+    """The result of a run in a process of its own; None, with the end of what it printed, where there is none."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *words]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        try:
+            subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, timeout=LIMIT)
+            why = "no result"
+        except subprocess.TimeoutExpired:
+            why = f"not done after {LIMIT} s"
+        said.seek(0)
+        text = said.read()
+    lines = [line for line in text.splitlines() if line.startswith("RESULT ")]
+    if lines:
+        return json.loads(lines[0].removeprefix("RESULT "))
+    print(f"{script} {' '.join(words[:2])}: {why}\n{text[-1500:]}", flush=True)
+    return None
+
+
+def peer_of(name: str, words: list[str], choices: list[str]) -> dict[str, Any] | None:
+    for attention in choices:
+        found = result_of("peers.py", ["--run", name, *words, "--attention", attention])
+        if found:
+            return found
+    return None
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json of at most 151,900 tokens")
     parser.add_argument("--run", action="append", choices=RUNS, required=True)
-    parser.add_argument("--steps", type=int, default=16, help="timed steps")
-    parser.add_argument("--folder", default="/tmp/burnish-work", help="where models and rows are made")
-    parser.add_argument("--set", action="append", default=[], help="a setting more, as key=value")
+    add_work(parser)
+    parser.add_argument("--set", action="append", default=[], help="a setting of burnish's more, as key=value")
+    parser.add_argument("--peer", choices=["trl"], help="run the same work with it, right after each run")
+    parser.add_argument("--peer-attention", action="append", help="only these (default: what runs, flex first)")
+    parser.add_argument("--peer-set", action="append", default=[], help="a setting of SFTConfig more, as key=JSON")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one run, in a process of its own
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one run, in this process
     args = parser.parse_args()
     if args.alone:
         print("RESULT " + json.dumps(run(args.run[0], args)))
         return
-    folder = Path(args.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    make_rows(Path(args.tokenizer), folder / "rows.json")
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    common = {"device": torch.cuda.get_device_name(), "versions": versions, "date": datetime.date.today().isoformat()}
+    shared = ["--tokenizer", args.tokenizer, "--steps", str(args.steps), "--folder", args.folder]
+    shared += ["--smollm2", args.smollm2] if args.smollm2 else []
+    common = {"device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
     results = []
+
+    def keep(found: dict[str, Any] | None, *packages: str) -> dict[str, Any] | None:
+        if found:
+            results.append(found | common | {"versions": versions_of("torch", "transformers", "peft", *packages)})
+            print(json.dumps({key: value for key, value in found.items() if key != "command"}), flush=True)
+            Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        return found
+
     for name in args.run:
-        words = [
-            sys.executable,
-            __file__,
-            "--alone",
-            "--run",
-            name,
-            "--steps",
-            str(args.steps),
-            "--folder",
-            str(folder),
-        ]
-        words += ["--tokenizer", args.tokenizer, "--out", args.out, *(w for s in args.set for w in ("--set", s))]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            print(f"{name}: no result\n{done.stdout[-3000:]}", flush=True)
-            continue
-        results.append(json.loads(lines[0].removeprefix("RESULT ")) | common)
-        print(
-            json.dumps({key: value for key, value in results[-1].items() if key not in ("versions", "command")}),
-            flush=True,
-        )
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        more = [word for setting in args.set for word in ("--set", setting)]
+        ours = keep(result_of("sft.py", ["--run", name, *shared, *more, "--out", args.out, "--alone"]))
+        if args.peer:
+            more = [word for setting in args.peer_set for word in ("--set", setting)]
+            choices = args.peer_attention or ATTENTION[name.rpartition("-")[2]]
+            theirs = keep(peer_of(name, [*shared, *more], choices), "trl", "liger-kernel")
+            if ours and theirs:
+                ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
+                print(f"{name}: {ratio:.2f} times the tokens per second of TRL", flush=True)
 
 
 if __name__ == "__main__":

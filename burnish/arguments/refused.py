@@ -25,7 +25,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     **_names(" ".join(OF_EXPORT), "is not built yet", "leave it out; the weights are exported in their own dtype"),
     **_names("eval_num_beams", "is not built yet", "ask the tuned model with burnish chat, and set num_beams"),
     **_names("master_addr master_port", "is said to the launcher", "set MASTER_ADDR and MASTER_PORT"),
-    **_names("base_dtype", "is not built yet", "leave it out"),
     **_names("split_batches", "is not built", "divide per_device_train_batch_size by the number of processes"),
     **_names(
         """pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight

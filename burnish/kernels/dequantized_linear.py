@@ -48,7 +48,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dequantize: Dequantize, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        y, inner = forward_of(x, dequantize(x.dtype), bias, a, b, scale)
+        y, inner = forward_of(x, [], [dequantize(x.dtype)], bias, a, b, scale)
         ctx.save_for_backward(x, a, b, inner)
         ctx.dequantize, ctx.scale = dequantize, scale
         return y
@@ -57,6 +57,6 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, a, b, inner = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0]
-        weight = ctx.dequantize(x.dtype) if needs_x else x.new_empty(0)  # nobody asks below the first block
+        weight = [ctx.dequantize(x.dtype)] if needs_x else []  # nobody asks below the first block
         grad_x, grad_a, grad_b = backward_of(grad_y, x, weight, a, b, inner, ctx.scale, needs_x)
         return grad_x if needs_x else None, None, None, grad_a, grad_b, None

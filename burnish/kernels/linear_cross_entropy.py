@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits_low, weight, out=grad_hidden[start : start + tile])
             if grad_weight is not None:
-                grad_weight += grad_logits_low.T @ h
+                _add_product_(grad_weight, grad_logits_low.T, h)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=torch.float32)
 
@@ -109,12 +109,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_loss).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype),
+            None if grad_weight is None else _product_in(weight_dtype, grad_weight, grad_loss),
+            None if grad_bias is None else _product_in(bias_dtype, grad_bias, grad_loss),
             None,
             None,
             None,
         )
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, the total in float32. On CUDA a product of less adds to it while it is written, never rounded."""
+    if total.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def _product_in(dtype: torch.dtype, total: Tensor, scale: Tensor) -> Tensor:
+    """total · scale, rounded as it is written: no float32 copy of it in between."""
+    return torch.mul(total, scale, out=torch.empty_like(total, dtype=dtype))
 
 
 Tile = tuple[Tensor, Tensor | None, Tensor | None]  # losses [tile], hits [tile], ∂z [tile, V]

@@ -20,15 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.kernels.frozen_linear import Frozen, out_features, rows_of, times, times_transposed
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+
+def lora_linear(x: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """x [..., K] → [..., N]. All in one dtype; `weight` and `bias` get no gradient, `x`, `a` and `b` do."""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    if torch.compiler.is_compiling():
-        y, _ = torch.ops.burnish.lora_linear(flat, weight, bias, a, b, scale)
-    else:
-        y = _LoraLinear.apply(flat, weight, bias, a, b, scale)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y, _ = torch.ops.burnish.lora_linear(flat, rows_of(flat, weight), weight, bias, a, b, scale)
+    return y.view(*x.shape[:-1], out_features(weight))
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -37,55 +36,45 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tens
 
 
 def forward_of(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(y, t) of the formula."""
+    """(y, t) of the formula; `rows`: x as a product in fp8 reads it (frozen_linear.py)."""
     inner = x @ a.T  # [M, r]
-    if not x.is_cuda:
-        y = F.linear(x, weight, bias)  # [M, N]
-        return y.addmm_(inner, b.T, alpha=scale), inner
+    if rows or not x.is_cuda:
+        return times_transposed(x, rows, weight, bias).addmm_(inner, b.T, alpha=scale), inner
     # The small product first: the large one then adds to it while it writes, which costs a pass less.
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y = x.new_empty(x.shape[0], weight[0].shape[0])
     if bias is None:
         y.addmm_(inner, b.T, beta=0, alpha=scale)
     else:
         torch.addmm(bias, inner, b.T, alpha=scale, out=y)
-    return y.addmm_(x, weight.T), inner
+    return y.addmm_(x, weight[0].T), inner
 
 
 def backward_of(
-    grad_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, needs_x: bool
+    grad_y: Tensor, x: Tensor, weight: Frozen, a: Tensor, b: Tensor, inner: Tensor, scale: float, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(∂x, ∂A, ∂B); ∂x is empty where nobody asks for it."""
     grad_inner = (grad_y @ b).mul_(scale)  # [M, r]
-    grad_x = (grad_inner @ a).addmm_(grad_y, weight) if needs_x else x.new_empty(0)
+    if not needs_x:
+        grad_x = x.new_empty(0)
+    elif len(weight) == 1:
+        grad_x = (grad_inner @ a).addmm_(grad_y, weight[0])
+    else:
+        grad_x = times(grad_y, weight).addmm_(grad_inner, a)
     return grad_x, grad_inner.T @ x, (inner.T @ grad_y).mul_(scale).T.contiguous()
 
 
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        y, inner = forward_of(x, weight, bias, a, b, scale)
-        ctx.save_for_backward(x, weight, a, b, inner)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, a, b, inner = ctx.saved_tensors
-        grad_x, grad_a, grad_b = backward_of(grad_y, x, weight, a, b, inner, ctx.scale, ctx.needs_input_grad[0])
-        return grad_x if ctx.needs_input_grad[0] else None, None, None, grad_a, grad_b, None
-
-
-# The same two as operators, for torch.compile: it would take the products apart and add in passes of its own. (What it
-# makes of an autograd.Function has lost gradients, on torch 2.11: tests/gpu compares them.)
+# As operators, for torch.compile: it would take the products apart and add in passes of its own. (What it makes of an
+# autograd.Function has lost gradients, on torch 2.11: tests/gpu compares them.)
 
 _library = torch.library.Library("burnish", "FRAGMENT")
 _library.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
+    "lora_linear(Tensor x, Tensor[] rows, Tensor[] weight, Tensor? bias, Tensor a, Tensor b, float scale) -> "
+    "(Tensor, Tensor)"
 )
 _library.define(
-    "lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor inner, float scale, "
+    "lora_linear_backward(Tensor grad_y, Tensor x, Tensor[] weight, Tensor a, Tensor b, Tensor inner, float scale, "
     "bool needs_x) -> (Tensor, Tensor, Tensor)"
 )
 for _key in ("CPU", "CUDA"):
@@ -94,30 +83,32 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("burnish::lora_linear", lib=_library)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+def _(
+    x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight[0].shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.register_fake("burnish::lora_linear_backward", lib=_library)
 def _(
-    grad_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, needs_x: bool
+    grad_y: Tensor, x: Tensor, weight: Frozen, a: Tensor, b: Tensor, inner: Tensor, scale: float, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape if needs_x else (0,)), a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, a, b, scale = inputs
-    ctx.save_for_backward(x, weight, a, b, output[1])
-    ctx.scale = scale
+    x, rows, weight, _, a, b, scale = inputs
+    ctx.save_for_backward(x, a, b, output[1], *weight)
+    ctx.rows, ctx.scale = len(rows), scale
 
 
-def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, a, b, inner = ctx.saved_tensors
+def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
+    x, a, b, inner, *weight = ctx.saved_tensors
     needs_x = ctx.needs_input_grad[0]
     grad_x, grad_a, grad_b = torch.ops.burnish.lora_linear_backward(
         grad_y.contiguous(), x, weight, a, b, inner, ctx.scale, needs_x
     )
-    return grad_x if needs_x else None, None, None, grad_a, grad_b, None
+    return grad_x if needs_x else None, [None] * ctx.rows, [None] * len(weight), None, grad_a, grad_b, None
 
 
 torch.library.register_autograd("burnish::lora_linear", _differentiate, setup_context=_save, lib=_library)

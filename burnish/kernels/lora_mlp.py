@@ -26,11 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.kernels.frozen_linear import Frozen, rows_of, times, times_transposed
+
 HAS_TRITON = find_spec("triton") is not None  # torch's CUDA builds for Linux bring it
 
 
 class LoraWeights(NamedTuple):
-    weight: Tensor  # [N, K], frozen
+    weight: Frozen  # [N, K], as it is or in fp8
     a: Tensor  # [r, K]
     b: Tensor  # [N, r]
 
@@ -46,38 +48,45 @@ def reference(x: Tensor, gate: LoraWeights, up: LoraWeights, down: LoraWeights, 
     """The same as linear layers: what the fused form is checked against."""
 
     def linear(h: Tensor, layer: LoraWeights) -> Tensor:
-        return F.linear(h, layer.weight) + scale * F.linear(F.linear(h, layer.a), layer.b)
+        return F.linear(h, layer.weight[0]) + scale * F.linear(F.linear(h, layer.a), layer.b)
 
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
 def _forward(
-    x: Tensor, w_g: Tensor, a_g: Tensor, b_g: Tensor, w_u: Tensor, a_u: Tensor, b_u: Tensor,
-    w_d: Tensor, a_d: Tensor, b_d: Tensor, scale: float,
+    x: Tensor, w_g: Frozen, a_g: Tensor, b_g: Tensor, w_u: Frozen, a_u: Tensor, b_u: Tensor,
+    w_d: Frozen, a_d: Tensor, b_d: Tensor, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """y, and what the backward pass reads: x W_gᵀ, x W_uᵀ, [t_g t_u], t_d."""
     inner = x @ torch.cat([a_g, a_u]).T  # [M, 2r]
-    gate, up = F.linear(x, w_g), F.linear(x, w_u)  # [M, N]
+    rows = rows_of(x, w_g)
+    gate, up = times_transposed(x, rows, w_g), times_transposed(x, rows, w_u)  # [M, N]
     hidden = _swiglu(gate, up, inner, b_g, b_u, scale)
     inner_down = hidden @ a_d.T  # [M, r]
-    y = (inner_down @ b_d.T).mul_(scale).addmm_(hidden, w_d.T)
+    if len(w_d) == 1:
+        y = (inner_down @ b_d.T).mul_(scale).addmm_(hidden, w_d[0].T)
+    else:
+        y = times_transposed(hidden, rows_of(hidden, w_d), w_d).addmm_(inner_down, b_d.T, alpha=scale)
     return y, gate, up, inner, inner_down
 
 
 def _backward(
-    grad_y: Tensor, x: Tensor, gate: Tensor, up: Tensor, inner: Tensor, inner_down: Tensor, w_g: Tensor, a_g: Tensor,
-    b_g: Tensor, w_u: Tensor, a_u: Tensor, b_u: Tensor, w_d: Tensor, a_d: Tensor, b_d: Tensor, scale: float,
+    grad_y: Tensor, x: Tensor, gate: Tensor, up: Tensor, inner: Tensor, inner_down: Tensor, w_g: Frozen, a_g: Tensor,
+    b_g: Tensor, w_u: Frozen, a_u: Tensor, b_u: Tensor, w_d: Frozen, a_d: Tensor, b_d: Tensor, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """∂x, ∂A_g, ∂B_g, ∂A_u, ∂B_u, ∂A_d, ∂B_d."""
     grad_inner_down = (grad_y @ b_d).mul_(scale)  # [M, r]
     grad_b_d = (inner_down.T @ grad_y).mul_(scale).T
     grad_gate, grad_up, sums = _swiglu_backward(
-        gate, up, grad_y @ w_d, inner, grad_inner_down, b_g, b_u, a_d, scale
+        gate, up, times(grad_y, w_d), inner, grad_inner_down, b_g, b_u, a_d, scale
     )  # [M, N], [M, N], [3, r, N]
     grad_b_g, grad_b_u, grad_a_d = (scale * sums[0]).T, (scale * sums[1]).T, sums[2]
     grad_inner = torch.cat([grad_gate @ b_g, grad_up @ b_u], dim=1).mul_(scale)  # [M, 2r]
     grad_a_g, grad_a_u = (grad_inner.T @ x).chunk(2)  # [r, K]
-    grad_x = (grad_inner @ torch.cat([a_g, a_u])).addmm_(grad_gate, w_g).addmm_(grad_up, w_u)
+    if len(w_g) == 1:
+        grad_x = (grad_inner @ torch.cat([a_g, a_u])).addmm_(grad_gate, w_g[0]).addmm_(grad_up, w_u[0])
+    else:
+        grad_x = times(grad_gate, w_g).add_(times(grad_up, w_u)).addmm_(grad_inner, torch.cat([a_g, a_u]))
     learned = (grad_a_g, grad_b_g, grad_a_u, grad_b_u, grad_a_d, grad_b_d)
     # An operator's outputs must share no memory with each other.
     return grad_x, *(torch.empty_like(each, dtype=x.dtype, memory_format=_ROWS).copy_(each) for each in learned)
@@ -125,7 +134,7 @@ def _with_adapters(
     return g, torch.addmm(up.to(dtype), t[:, r:], b_u.to(dtype).T, alpha=scale)
 
 
-_LAYERS = "Tensor w_g, Tensor a_g, Tensor b_g, Tensor w_u, Tensor a_u, Tensor b_u, Tensor w_d, Tensor a_d, Tensor b_d"
+_LAYERS = ", ".join(f"Tensor[] w_{n}, Tensor a_{n}, Tensor b_{n}" for n in "gud")
 _library = torch.library.Library("burnish", "FRAGMENT")
 _library.define(f"lora_mlp(Tensor x, {_LAYERS}, float scale) -> ({', '.join(['Tensor'] * 5)})")
 _library.define(
@@ -138,8 +147,8 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("burnish::lora_mlp", lib=_library)
-def _(x: Tensor, w_g: Tensor, a_g: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    rows, wide, r = x.shape[0], w_g.shape[0], a_g.shape[0]
+def _(x: Tensor, w_g: Frozen, a_g: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    rows, wide, r = x.shape[0], w_g[0].shape[0], a_g.shape[0]
     return tuple(x.new_empty(rows, columns) for columns in (x.shape[1], wide, wide, 2 * r, r))
 
 
@@ -150,14 +159,19 @@ def _(grad_y: Tensor, x: Tensor, gate: Tensor, up: Tensor, inner: Tensor, inner_
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *layers, ctx.scale = inputs
-    ctx.save_for_backward(x, *output[1:], *layers)
+    x, w_g, a_g, b_g, w_u, a_u, b_u, w_d, a_d, b_d, ctx.scale = inputs
+    ctx.parts = len(w_g)  # of a frozen weight: one, or those of fp8
+    ctx.save_for_backward(x, *output[1:], *w_g, a_g, b_g, *w_u, a_u, b_u, *w_d, a_d, b_d)
 
 
-def _differentiate(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.burnish.lora_mlp_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.scale)
+def _differentiate(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, gate, up, inner, inner_down, *rest = ctx.saved_tensors
+    n = ctx.parts
+    layers = [each for at in range(0, len(rest), n + 2) for each in (rest[at : at + n], rest[at + n], rest[at + n + 1])]
+    grads = torch.ops.burnish.lora_mlp_backward(grad_y.contiguous(), x, gate, up, inner, inner_down, *layers, ctx.scale)
     x, a_g, b_g, a_u, b_u, a_d, b_d = grads
-    return x, None, a_g, b_g, None, a_u, b_u, None, a_d, b_d, None
+    none = [None] * n
+    return x, none, a_g, b_g, none, a_u, b_u, none, a_d, b_d, None
 
 
 torch.library.register_autograd("burnish::lora_mlp", _differentiate, setup_context=_save, lib=_library)

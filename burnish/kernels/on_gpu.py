@@ -182,3 +182,30 @@ def swiglu_backward(
         _BLOCKS, **tile,
     )  # fmt: skip
     return grad_gate, grad_up, sums.sum(0)
+
+
+@triton.jit
+def _quantize_rows(x, quantized, scales, columns, largest, least, BLOCK: tl.constexpr):
+    """One row a program; the second walk over it finds it in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    most = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + lanes
+        most = tl.maximum(most, tl.abs(tl.load(x + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)))
+    scale = tl.maximum(tl.max(most, axis=0) / largest, least)
+    tl.store(scales + row, scale)
+    for start in range(0, columns, BLOCK):
+        at = start + lanes
+        value = tl.load(x + row * columns + at, mask=at < columns, other=0.0).to(tl.float32) / scale
+        value = tl.where(tl.abs(value) > largest, tl.where(value > 0, largest, -largest), value)  # leaves NaN as it is
+        tl.store(quantized + row * columns + at, value.to(quantized.dtype.element_ty), mask=at < columns)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype, largest: float, least: float) -> tuple[Tensor, Tensor]:
+    """x [M, K] → x / scales in `dtype` [M, K], and the scales [M] float32: the largest of a row over `largest`."""
+    rows, columns = x.shape
+    quantized, scales = torch.empty_like(x, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
+    block = min(4096, max(256, triton.next_power_of_2(columns)))
+    _quantize_rows[(rows,)](x, quantized, scales, columns, largest, least, BLOCK=block, num_warps=block // 512 or 1)
+    return quantized, scales

@@ -71,6 +71,10 @@ class ModelArguments:
     double_quantization: bool = field(
         default=True, metadata={"help": "quantization_bit 4: hold the scales in 8 bits too."}
     )
+    base_dtype: Literal["fp8"] | None = field(
+        default=None,
+        metadata={"help": "fp8: hold and multiply the blocks' frozen weights in 8-bit floats (lora, chat)."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
     use_kv_cache: bool = field(default=True, metadata={"help": "Keep keys and values between generated tokens."})
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = field(
@@ -128,19 +132,23 @@ def _quantization_problems(settings: Settings) -> Iterator[Problem]:
         if bits != 4 and settings.differs_from_default(name) and not settings.is_faulty("quantization_bit"):
             message = f"does nothing with{'' if bits else 'out'} quantization_bit: {bits or 4}"
             yield settings.problem(name, message, "leave it out, or set quantization_bit: 4")
-    if bits is None:
+    fp8 = settings.value("base_dtype")
+    if bits is None and fp8 is None:
         return
-    if find_spec("bitsandbytes") is None:
+    name = "quantization_bit" if bits else "base_dtype"
+    if bits and fp8:
+        yield settings.problem("base_dtype", "is another way than quantization_bit to hold weights", "choose one")
+    if bits and find_spec("bitsandbytes") is None:
         message = "needs bitsandbytes, which is not here"
         yield settings.problem("quantization_bit", message, "pip install 'burnish[quant]'")
     if settings.command == "train" and not settings.is_faulty("finetuning_type"):
         method = settings.value("finetuning_type")
         if method != "lora":
             message = f"is of frozen weights, and finetuning_type: {method} trains them"
-            yield settings.problem("quantization_bit", message, "set finetuning_type: lora, or leave it out")
+            yield settings.problem(name, message, "set finetuning_type: lora, or leave it out")
         if settings.value("pissa_init"):
             message = "takes the weights apart, which quantized ones are not exact enough for"
-            yield settings.problem("pissa_init", message, "leave it out, or leave quantization_bit out")
+            yield settings.problem("pissa_init", message, f"leave it out, or leave {name} out")
         if settings.value("create_new_adapter"):
             message = "merges adapters into weights that are quantized"
             remedy = "export base and adapters into one model with burnish export, and give that as the model"

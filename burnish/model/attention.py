@@ -123,6 +123,7 @@ def _varlen(
     return attended[None]  # [1, T, heads, head_dim]
 
 
+@torch.compiler.disable  # a document more or less would be another graph
 def _by_document(
     query: Tensor,
     key: Tensor,

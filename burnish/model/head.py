@@ -10,6 +10,7 @@ which one is decided once, on 16 tokens, by `model/probe.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class CausalLoss(nn.Module):
         self.model = model
         self.fused = fused
         self.label_smoothing = label_smoothing
+        self.graphs: Callable[[dict[str, Any]], Tensor] | None = None  # in the place of hidden_states (graphs.py)
 
     def forward(self, batch: Batch, *, count_correct: bool = False) -> LossSum:
         if self.fused:
@@ -44,9 +46,8 @@ class CausalLoss(nn.Module):
         return self.label_smoothing if self.training else 0.0
 
     def _fused(self, batch: Batch, count_correct: bool) -> LossSum:
-        model = unwrap(self.model)
-        head = model.get_output_embeddings()
-        hidden = decoder_of(model)(**batch.inputs, use_cache=False).last_hidden_state  # [B, S, H]
+        head = unwrap(self.model).get_output_embeddings()
+        hidden = (self.graphs or self.hidden_states)(batch.inputs)  # [B, S, H]
         trained = hidden.flatten(0, 1).index_select(0, batch.trained_at)  # [M, H]
         loss, correct = linear_cross_entropy(
             trained,
@@ -57,6 +58,9 @@ class CausalLoss(nn.Module):
             count_correct=count_correct,
         )
         return LossSum(loss, correct if count_correct else None)
+
+    def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
+        return decoder_of(unwrap(self.model))(**inputs, use_cache=False).last_hidden_state
 
     def _own(self, batch: Batch, count_correct: bool) -> LossSum:
         """The model's own loss is a mean over the batch's trained tokens, auxiliary losses included: times M."""

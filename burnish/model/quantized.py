@@ -75,6 +75,11 @@ def exchange_forwards(model: nn.Module) -> None:
         module.__class__ = ours.get(type(module), type(module))
 
 
+def is_dequantized(model: nn.Module) -> bool:
+    """Whether a model has layers whose weights are dequantized at each use."""
+    return any(isinstance(each, Dequantizing) for each in model.modules())
+
+
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a model, bare or with adapters, holds quantized weights."""
+    """Whether a model, bare or with adapters, holds quantized weights: bitsandbytes' or those of fp8.py."""
     return any(not each.is_floating_point() for each in model.parameters())

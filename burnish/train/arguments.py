@@ -64,6 +64,13 @@ OURS = (
         "The most tokens of a pass forward and backward; a step may take several. "
         "auto: as many as a GPU gains from and has the memory for; on the CPU each batch is a pass.",
     ),
+    TransformersField(
+        "cuda_graphs",
+        bool | None,
+        None,
+        "Record a pass over the blocks as a CUDA graph and replay it, which spares the CPU its launches. "
+        "Not given: on a GPU, where the model is so small that the GPU would wait for them.",
+    ),
     TransformersField("logging_dir", str | None, None, "Folder of TensorBoard's files."),
 )
 
@@ -84,6 +91,7 @@ HONOURED = frozenset(
     resume_from_checkpoint include_num_input_tokens_seen log_level log_level_replica
     log_on_each_node train_sampling_strategy deepspeed ddp_backend ddp_timeout ddp_bucket_cap_mb
     overwrite_output_dir warmup_ratio logging_dir torch_compile micro_batch_tokens
+    cuda_graphs
     neftune_noise_alpha
     """)
 )

@@ -14,6 +14,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 
 from burnish import ranks
 from burnish.data.loader import Collate, Share, make_loader
+from burnish.model.graphs import PassGraphs, Recorder
 from burnish.model.head import CausalLoss
 from burnish.model.recompute import Recompute
 from burnish.train.distributed import stage_of
@@ -29,7 +30,8 @@ class TrainerFrame:
     `objective` gives the summed loss of a Batch, `collate` makes a Batch of Samples, `train_dataset` is a store or a
     stream of Samples, `eval_dataset` a store or a dict of stores. With `pack_to` a batch is rows of up to so many
     tokens in the place of samples. `beside_weights(folder)` may add files to every checkpoint (`burnish.yaml`).
-    `micro_batch_tokens` and `recompute` say what a pass may hold (passes.py).
+    `micro_batch_tokens` and `recompute` say what a pass may hold (passes.py). With a `recorder` passes are recorded and
+    replayed (model/graphs.py).
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TrainerFrame:
         count_correct: bool = False,
         micro_batch_tokens: str = "auto",
         recompute: Recompute | None = None,
+        recorder: Recorder | None = None,
         beside_weights: Callable[[Path], None] | None = None,
     ):
         self.objective, self.args, self.collate = objective, args, collate
@@ -55,7 +58,7 @@ class TrainerFrame:
         self.train_dataset, self.pack_to, self.eval_dataset = train_dataset, pack_to, eval_dataset
         self.processing_class, self.beside_weights = processing_class, beside_weights
         self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
-        self.micro_batch_tokens, self.recompute = micro_batch_tokens, recompute
+        self.micro_batch_tokens, self.recompute, self.recorder = micro_batch_tokens, recompute, recorder
         self.pure_bf16 = pure_bf16
         self.device: torch.device = args.device
         self.output_dir = Path(args.output_dir)
@@ -67,6 +70,7 @@ class TrainerFrame:
         self.peers = Peers()
         self.is_divided = stage_of(args) > 0  # among the processes, by DeepSpeed
         self.update: Any = None  # how weights move, while they do: LocalUpdate or ZeroUpdate
+        self.graphs: PassGraphs | None = None  # while it trains with a recorder
         self.noise: EmbeddingNoise | None = None  # while it trains, where neftune_noise_alpha asks for it
         self.control = TrainerControl()
         self.state = self.new_state()

@@ -48,7 +48,8 @@ def problems(settings: Settings) -> list[Problem]:
     if settings.value("gradient_checkpointing_kwargs") and not (settings.value("gradient_checkpointing") or translated):
         remedy = "set gradient_checkpointing: true"
         found.append(settings.problem("gradient_checkpointing_kwargs", "does nothing by itself", remedy))
-    return found + _precision(settings) + _loading(settings) + _processes(settings) + _reporting(settings)
+    found += _precision(settings) + _graphs(settings)
+    return found + _loading(settings) + _processes(settings) + _reporting(settings)
 
 
 def _ranges(settings: Settings) -> list[Problem]:
@@ -107,6 +108,27 @@ def _precision(settings: Settings) -> list[Problem]:
     return found
 
 
+def _graphs(settings: Settings) -> list[Problem]:
+    """What a recorded pass cannot do, where one is asked for."""
+    value = settings.value
+    if not value("cuda_graphs"):
+        return []
+    why = {
+        "use_cpu": "and the run is on the CPU",
+        "deepspeed": "and DeepSpeed, which divides the model, exclude each other",
+        "pure_bf16": "and pure_bf16, which rounds gradients at random, exclude each other",
+        "quantization_bit": "and quantized weights exclude each other",
+        "gradient_checkpointing": "and gradient_checkpointing, which looks at random states, exclude each other",
+        "neftune_noise_alpha": "and neftune_noise_alpha, whose noise is drawn anew in each pass, exclude each other",
+        "lora_dropout": "and lora_dropout, which is drawn anew in each pass, exclude each other",
+        "full_determinism": "and full_determinism, which launches kernels one by one, exclude each other",
+    }
+    found = [settings.problem("cuda_graphs", text, "leave it out") for name, text in why.items() if value(name)]
+    if not (value("bf16") or value("fp16") or value("pure_bf16")):
+        found.append(settings.problem("cuda_graphs", "is for models in 16 bits", "set bf16: true, or leave it out"))
+    return found
+
+
 def _processes(settings: Settings) -> list[Problem]:
     """Several processes, or a model that DeepSpeed divides among them."""
     found = _deepspeed(settings)
@@ -135,7 +157,8 @@ def _deepspeed(settings: Settings) -> list[Problem]:
         remedy = "pip install 'burnish[deepspeed]'"
         return [settings.problem("deepspeed", "needs the package deepspeed, which is not here", remedy)]
     zero = config.get("zero_optimization")
-    if settings.value("quantization_bit") and isinstance(zero, dict) and zero.get("stage") == 3:
+    held = settings.value("quantization_bit") or settings.value("base_dtype")
+    if held and isinstance(zero, dict) and zero.get("stage") == 3:
         remedy = "set deepspeed: examples/deepspeed/ds_z2_config.json, which divides the optimizer"
         return [settings.problem("deepspeed", "divides weights (stage 3), which quantized ones cannot be", remedy)]
     return []

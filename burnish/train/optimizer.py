@@ -1,11 +1,11 @@
 """The optimizer, its float32 masters, and the learning rate.
 
 One rule of precision: the model computes in its own dtype (bf16, float16 or float32), what is trained is kept in
-float32. For a bf16 model that means a float32 master of each trained weight: gradients are added up in it, the
-optimizer moves it, and after the step the model gets its rounding. A float32 model is its own master. So the weights
-that a checkpoint saves are exactly those that the forward pass used, and small updates are not lost (Micikevicius et
-al., arXiv 1710.03740). The loss of a float16 model is scaled besides (scale.py). `pure_bf16` alone does without masters
-(rounding.py).
+float32. For a bf16 model that means a float32 master of each trained weight (masters.py): gradients are added up in
+it, the optimizer moves it, and after the step the model gets its rounding. A float32 model is its own master. So the
+weights that a checkpoint saves are exactly those that the forward pass used, and small updates are not lost
+(Micikevicius et al., arXiv 1710.03740). The loss of a float16 model is scaled besides (scale.py). `pure_bf16` alone
+does without masters (rounding.py). On a GPU AdamW clips, moves and rounds in one pass (adamw.py).
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from burnish.errors import Problem, UserError
 from burnish.model.head import CausalLoss
 from burnish.model.patch import shape_of
+from burnish.train.adamw import AdamW
+from burnish.train.masters import Masters
 from burnish.train.peers import Peers, add_gradients, share_weights
 from burnish.train.rounding import Sums
 from burnish.train.scale import LossScale, computes_in_float16
@@ -54,63 +56,6 @@ OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 # The same over bf16 weights and moments, which are rounded at random.
 PURE_BF16 = dict.fromkeys(("adamw_torch", "adamw_torch_fused"), ("burnish.train.rounding", "AdamW", {}))
-
-
-class Masters:
-    """float32 copies of the trained weights of a low-precision model; the weights themselves where they are float32.
-
-    A low-precision gradient leaves the model as soon as it exists: a hook adds it to its master's and frees it. So
-    accumulation over passes is in float32, and a full set of low-precision gradients never exists.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.by_name: dict[str, nn.Parameter] = {}  # name in the model → what the optimizer moves
-        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # (weight of the model, its master)
-        self._hooks: list[RemovableHandle] = []
-        for name, weight in model.named_parameters():
-            if not weight.requires_grad:
-                continue
-            self.by_name[name] = weight
-            if weight.dtype in (torch.bfloat16, torch.float16):
-                master = nn.Parameter(weight.detach().float())
-                self.by_name[name] = master
-                self._copies.append((weight, master))
-                self._hooks.append(weight.register_post_accumulate_grad_hook(_give_gradient_to(master)))
-
-    def release(self) -> None:
-        """The model's gradients are its own again."""
-        for hook in self._hooks:
-            hook.remove()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Round the masters into the model: after every optimizer step, and after loading them from a checkpoint."""
-        if self._copies:
-            weights, masters = zip(*self._copies, strict=True)
-            torch._foreach_copy_(weights, masters)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Only what the model's own file does not hold: the masters that are copies."""
-        copies = {id(master) for _, master in self._copies}
-        return {name: master.detach() for name, master in self.by_name.items() if id(master) in copies}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            self.by_name[name].copy_(value)
-        self.publish()
-
-
-def _give_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
-    def move(weight: Tensor) -> None:
-        assert weight.grad is not None
-        if master.grad is None:
-            master.grad = weight.grad.float()
-        else:
-            master.grad += weight.grad
-        weight.grad = None
-
-    return move
 
 
 class Outcome(NamedTuple):
@@ -144,8 +89,10 @@ class LocalUpdate:
         self.masters = None if pure_bf16 else Masters(objective.model)
         self.weights = self.masters.by_name if self.masters else trained_weights(objective.model)
         self.sums = Sums(self.weights) if pure_bf16 else None
-        self.optimizer = create_optimizer(args, self.weights, loraplus_lr_ratio=loraplus_lr_ratio, pure_bf16=pure_bf16)
+        how: dict[str, Any] = {"loraplus_lr_ratio": loraplus_lr_ratio, "pure_bf16": pure_bf16}
+        self.optimizer = create_optimizer(args, self.weights, masters=self.masters, **how)
         self.scale = LossScale(args.device) if computes_in_float16(objective.model) else None
+        self._keeps_places = False
 
     def forward(self, batch: Batch) -> Tensor:
         return self.objective(batch).loss
@@ -153,11 +100,22 @@ class LocalUpdate:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         (loss if self.scale is None else loss * self.scale.value).backward()
 
+    @property
+    def _one_pass(self) -> AdamW | None:
+        """The optimizer, where it does by itself what else is done before and after it."""
+        return self.optimizer if isinstance(self.optimizer, AdamW) and self.optimizer.in_one_pass else None
+
     def gather_gradients(self, max_norm: float) -> None:
         """The gradients of all processes added up, and their norm limited to `max_norm` (0: not limited)."""
         if self.sums is not None:
             self.sums.give_back()
+        one_pass = self._one_pass
+        if self.masters is not None and (one_pass is None or self.peers.count > 1):
+            self.masters.give_gradients()
         add_gradients(list(self.weights.values()), self.peers, self.bucket_mib)
+        if one_pass is not None:
+            self._measure_gradients(one_pass, max_norm)
+            return
         moving = [weight for weight in self.weights.values() if weight.grad is not None]
         gradients = [weight.grad for weight in moving if weight.grad is not None]
         if self.scale is not None:
@@ -165,6 +123,18 @@ class LocalUpdate:
         self._norm = _norm(gradients)
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(moving, max_norm, self._norm)
+
+    def _measure_gradients(self, optimizer: AdamW, max_norm: float) -> None:
+        """The same without a pass over them: the optimizer is told what to multiply them by."""
+        gradients = [optimizer.masters.gradient_of(weight) for weight in self.weights.values()]
+        self._norm = _norm([gradient for gradient in gradients if gradient is not None])
+        factor = torch.ones_like(self._norm)
+        if self.scale is not None:
+            factor = self.scale.value.reciprocal()
+            self._norm = self._norm * factor
+        if max_norm > 0:
+            factor = factor * (max_norm / (self._norm + 1e-6)).clamp(max=1.0)  # torch's 1e-6
+        optimizer.factor = factor
 
     def step(self, check: Callable[..., Tensor], loss: Tensor) -> Outcome:
         if self.scale is not None:
@@ -184,20 +154,38 @@ class LocalUpdate:
         return Outcome(True, must_not, self._norm)
 
     def _update_unless(self, must_not: Tensor) -> bool:
-        """A fused optimizer on CUDA takes the flag itself (`found_inf`), so nobody waits; otherwise it is read."""
-        if must_not.is_cuda and self.optimizer.defaults.get("fused"):
+        """An optimizer on CUDA that takes the flag itself (`found_inf`) lets nobody wait; otherwise it is read."""
+        one_pass = self._one_pass
+        if one_pass is not None or (must_not.is_cuda and self.optimizer.defaults.get("fused")):
             self.optimizer.found_inf = must_not.float()  # type: ignore[attr-defined]
         elif must_not.item():
             return False
         self.optimizer.step()
-        if self.masters is not None:
+        if self.masters is not None and one_pass is None:
             self.masters.publish()
         return True
 
     def zero_grad(self) -> None:
-        if self.sums is not None:
-            self.sums.forget()
-        self.optimizer.zero_grad(set_to_none=True)
+        for part in (self.masters, self.sums):
+            if part is not None:
+                part.forget()
+        if self._keeps_places:
+            gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+            if gradients:
+                torch._foreach_zero_(gradients)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def keep_places(self, keep: bool) -> None:
+        """Whether gradients become zero where they are after a step, for recorded passes that add to them there."""
+        self._keeps_places = keep
+        if self.masters is not None:
+            self.masters.keep_places(keep)
+
+    def places(self) -> tuple[int, ...]:
+        """The address of each gradient, 0 where there is none."""
+        gradients = (weight.grad for weight in self.weights.values())
+        return tuple(0 if gradient is None else gradient.data_ptr() for gradient in gradients)
 
     def settle(self) -> None:
         """After an evaluation there is nothing under way."""
@@ -233,9 +221,13 @@ def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Of all of them together, in float32 whatever they are in."""
-    if not gradients or gradients[0].dtype == torch.float32:
+    dtypes = {gradient.dtype for gradient in gradients}
+    if dtypes <= {torch.float32}:
         return torch.nn.utils.get_total_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
+    norms: list[Tensor] = []
+    for dtype in dtypes:  # one launch takes many gradients of one dtype
+        norms += torch._foreach_norm([g for g in gradients if g.dtype == dtype], 2.0, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def create_optimizer(
@@ -244,11 +236,13 @@ def create_optimizer(
     *,
     loraplus_lr_ratio: float | None = None,
     pure_bf16: bool = False,
+    masters: Masters | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `args.optim` names, over groups with and without weight decay.
 
     Weights with fewer than two dimensions (norms, biases) are not decayed. `loraplus_lr_ratio`: the B of every LoRA
-    learns so many times faster than the rest (Hayou et al., LoRA+, arXiv 2402.12354).
+    learns so many times faster than the rest (Hayou et al., LoRA+, arXiv 2402.12354). With `masters`, whose weights
+    these are, torch's AdamW is the one of adamw.py.
     """
     name = getattr(args.optim, "value", args.optim)
     if name not in OPTIMIZERS:
@@ -270,6 +264,8 @@ def create_optimizer(
     if class_name == "AdamW":
         settings["eps"] = args.adam_epsilon
     settings |= _optim_args(args.optim_args)
+    if masters is not None and optimizer_class is torch.optim.AdamW:
+        optimizer_class = partial(AdamW, masters=masters)
     groups = _groups(weights, args.weight_decay, args.learning_rate, loraplus_lr_ratio)
     try:
         return optimizer_class(groups, **settings)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from burnish import console
 from burnish.errors import RunStopped
+from burnish.model.graphs import PassGraphs
 from burnish.model.recompute import Recompute
 from burnish.train.generators import restore_rng, rng_state
 from burnish.types import Batch
@@ -31,9 +32,18 @@ EFFICIENT = 4_096
 class Passes:
     """Runs the passes of each step, and remembers how many tokens one may hold."""
 
-    def __init__(self, asked: str, device: torch.device, *, can_be_cut: bool, recompute: Recompute | None = None):
-        """`asked`: micro_batch_tokens, a number or auto. `recompute`: the blocks that may be computed again."""
-        self._recompute = recompute
+    def __init__(
+        self,
+        asked: str,
+        device: torch.device,
+        *,
+        can_be_cut: bool,
+        recompute: Recompute | None = None,
+        graphs: PassGraphs | None = None,
+    ):
+        """`asked`: micro_batch_tokens, a number or auto. `recompute`: the blocks that may be computed again. `graphs`:
+        what has been recorded of passes, which takes memory too."""
+        self._recompute, self._graphs = recompute, graphs
         self._is_auto, self._on_gpu, self._can_be_cut = asked == "auto", device.type == "cuda", can_be_cut
         self.most_tokens: int | None = None  # None: the batches are the passes
         if self._is_auto:
@@ -85,10 +95,14 @@ class Passes:
         return total
 
     def _need_less(self, batches: list[Batch]) -> str | None:
-        """Passes of half the tokens, or more blocks computed again; → which, or None where nothing is left to do."""
+        """Nothing recorded, passes of half the tokens, or more blocks computed again; → which, or None where nothing is
+        left to do."""
+        if self._graphs and self._graphs.stop():
+            return "passes are not recorded as CUDA graphs"
         smaller = self._smaller(batches)
         if smaller is None or smaller < EFFICIENT:
             if self._recompute and self._recompute.more():
+                self._record_no_more()
                 return f"{self._recompute} are computed again in the backward pass"
             if smaller is None:
                 return None
@@ -113,6 +127,12 @@ class Passes:
             self.most_tokens = min(self.most_tokens, most_tokens)
         if self._recompute and recomputed:
             self._recompute.set(recomputed)
+            self._record_no_more()
+
+    def _record_no_more(self) -> None:
+        """What is computed again in the backward pass looks at the state of the generators, which waits for the GPU."""
+        if self._graphs:
+            self._graphs.stop()
 
 
 class _Ends:

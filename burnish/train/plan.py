@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from burnish.errors import UserError
+from burnish.model.graphs import LAUNCHING, SPEED
+from burnish.model.graphs import TOKENS as TOKENS_OF_A_SHAPE
 from burnish.train.passes import AUTO, EFFICIENT
 from burnish.train.plan_devices import Device
 from burnish.train.plan_memory import GIB, Held, Memory, most_memory
@@ -48,6 +50,7 @@ class Run:
     cutoff_len: int
     most_tokens: int | None  # None: a batch is a pass
     recompute: bool | None  # None: as memory needs
+    record: bool | None = False  # passes as CUDA graphs; None: where it pays
 
     @classmethod
     def of(cls, settings: Settings, ranks: int) -> Run:
@@ -89,7 +92,8 @@ class Run:
             ),
             cutoff_len=settings.data.cutoff_len,
             most_tokens=None if stage or padded else AUTO if asked_tokens == "auto" else int(asked_tokens),
-            recompute=_checkpointing(settings),
+            recompute=settings.value("gradient_checkpointing"),
+            record=_may_record(settings, dtype, stage, padded),
         )
 
 
@@ -141,21 +145,38 @@ def _plan(run: Run, rows: Rows, device: Device) -> Plan:
     steps = steps_of(rows, run.batching)
     shape = _shape(_Key(run.asked))
     most, recomputed = run.most_tokens, shape.layers if run.recompute else 0
+    held = replace(run.held, recorded=_records(run, shape, rows))
+    fills = TOKENS_OF_A_SHAPE if held.recorded else 1
     while True:
-        cut = [passes_of(step, most, padded=run.batching.padded) for step in steps]
+        cut = [passes_of(step, most, padded=run.batching.padded, fills=fills) for step in steps]
         each, of = max(((p, len(passes)) for passes in cut for p in passes), key=lambda pair: pair[0].tokens)
-        memory = most_memory(shape, run.held, each, recomputed=recomputed, passes=of)
+        memory = most_memory(shape, held, each, recomputed=recomputed, passes=of)
         fits = memory.needed <= device.memory_gib * GIB
+        if not fits and held.recorded:
+            held = replace(held, recorded=False)
+            continue
         less = None if fits else _need_less(run, shape, each, recomputed, most)
         if less is None:
             break
         most, recomputed = less
+    run = replace(run, held=held)
     time = _mean_time(run, shape, device, rows, steps, cut, recomputed)
     return Plan(
         run, shape, device, rows, memory, fits, each.tokens,
         sum(len(passes) for passes in cut) / len(cut), recomputed,
         sum(p.real for passes in cut for p in passes) / len(cut) * run.held.ranks, time,
     )  # fmt: skip
+
+
+def _records(run: Run, shape: Shape, rows: Rows) -> bool:
+    """As graphs.pays: where the CPU launches a block's kernels for longer than the GPU computes them."""
+    if run.record is not None:
+        return run.record
+    batching = run.batching
+    of_a_row = batching.pack_to or float(rows.lengths.mean())
+    tokens = min(of_a_row * batching.batch_size * batching.accumulation, run.most_tokens or AUTO)
+    flops = max(4 * block.held / shape.dtype.itemsize + 2 * block.trained for block in shape.blocks)
+    return flops * tokens / SPEED < LAUNCHING
 
 
 def _need_less(run: Run, shape: Shape, each: Pass, recomputed: int, most: int | None) -> tuple[int | None, int] | None:
@@ -279,8 +300,11 @@ def _dtype(settings: Settings) -> torch.dtype:
     return torch.float16 if settings.value("fp16") else torch.float32
 
 
-def _checkpointing(settings: Settings) -> bool | None:
-    return settings.value("gradient_checkpointing")
+def _may_record(settings: Settings, dtype: torch.dtype, stage: int, padded: bool) -> bool | None:
+    """What `cuda_graphs` says, where nothing that training would name stands against it."""
+    names = ("quantization_bit", "base_dtype", "pure_bf16", "gradient_checkpointing", "neftune_noise_alpha")
+    against = [settings.value(name) for name in (*names, "lora_dropout", "full_determinism")]
+    return False if dtype.itemsize > 2 or stage or padded or any(against) else settings.value("cuda_graphs")
 
 
 def _zero(deepspeed: Any) -> tuple[int, bool]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from burnish.errors import Problem, UserError
@@ -22,20 +22,21 @@ class Device:
     link: float  # GB/s to another device of the machine, in one direction
     source: str
     measured: bool = False
+    fp8: bool = False  # matrix units for it with a scale for every row (kernels/frozen_linear.py)
 
 
 _HOPPER = "NVIDIA H100 datasheet (SXM)"
 DEVICES = {
-    "h100": Device("H100 80GB SXM", 79.2, 989.4, 66.9, 3.35, 450, _HOPPER, measured=True),
-    "h100-pcie": Device("H100 80GB PCIe", 79.2, 756.4, 51.2, 2.04, 32, "NVIDIA H100 datasheet (PCIe)"),
-    "h200": Device("H200 141GB SXM", 139.8, 989.4, 66.9, 4.8, 450, "NVIDIA H200 datasheet (SXM)"),
+    "h100": Device("H100 80GB SXM", 79.2, 989.4, 66.9, 3.35, 450, _HOPPER, measured=True, fp8=True),
+    "h100-pcie": Device("H100 80GB PCIe", 79.2, 756.4, 51.2, 2.04, 32, "NVIDIA H100 datasheet (PCIe)", fp8=True),
+    "h200": Device("H200 141GB SXM", 139.8, 989.4, 66.9, 4.8, 450, "NVIDIA H200 datasheet (SXM)", fp8=True),
     "a100-80g": Device("A100 80GB SXM", 79.2, 312, 19.5, 2.04, 300, "NVIDIA A100 datasheet (SXM, 80GB)"),
     "a100-40g": Device("A100 40GB SXM", 39.4, 312, 19.5, 1.555, 300, "NVIDIA A100 datasheet (SXM, 40GB)"),
     "l40s": Device("L40S 48GB", 44.4, 362, 91.6, 0.864, 32, "NVIDIA L40S datasheet"),
     "rtx6000-ada": Device("RTX 6000 Ada 48GB", 47.4, 364.2, 91.1, 0.96, 32, "NVIDIA RTX 6000 Ada datasheet"),
     "a10": Device("A10 24GB", 22.0, 125, 31.2, 0.6, 32, "NVIDIA A10 datasheet"),
     "l4": Device("L4 24GB", 22.0, 121, 30.3, 0.3, 32, "NVIDIA L4 datasheet"),
-    "5090": Device("RTX 5090 32GB", 31.4, 209.5, 104.8, 1.792, 64, "NVIDIA RTX Blackwell whitepaper"),
+    "5090": Device("RTX 5090 32GB", 31.4, 209.5, 104.8, 1.792, 64, "NVIDIA RTX Blackwell whitepaper", fp8=True),
     "4090": Device("RTX 4090 24GB", 23.5, 165.2, 82.6, 1.008, 32, "NVIDIA Ada whitepaper"),
     "3090": Device("RTX 3090 24GB", 23.6, 71, 35.6, 0.936, 32, "NVIDIA GA102 whitepaper"),
 }
@@ -66,10 +67,5 @@ def device_here() -> Device | None:
     called, memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
     name = next((name for words, name in _NAMES_OF_CUDA.items() if words in called), "")
     if name in DEVICES and abs(DEVICES[name].memory_gib - memory) < 0.1 * memory:
-        known = DEVICES[name]
-        return Device(called, memory, *_figures(known), measured=known.measured)
+        return replace(DEVICES[name], title=called, memory_gib=memory)
     return Device(called, memory, None, 0.0, 0.0, 0.0, "the device of this machine, which the table does not have")
-
-
-def _figures(device: Device) -> tuple[float | None, float, float, float, str]:
-    return device.bf16_tflops, device.float32_tflops, device.bandwidth, device.link, device.source

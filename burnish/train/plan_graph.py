@@ -163,7 +163,12 @@ def _name(node: Node) -> str:
 
 
 def _values(node: Node) -> list[Any]:
-    return [each.meta.get("val") if isinstance(each, Node) else each for each in node.args]
+    def value(each: Any) -> Any:
+        if isinstance(each, list | tuple):
+            return [value(part) for part in each]
+        return each.meta.get("val") if isinstance(each, Node) else each
+
+    return [value(each) for each in node.args]
 
 
 def _is_view(node: Node) -> bool:

@@ -45,6 +45,7 @@ class Held:
     stage: int = 0  # of ZeRO
     ranks: int = 1
     offloaded: bool = False  # the optimizer's state to the CPU (DeepSpeed)
+    recorded: bool = False  # passes as CUDA graphs
 
     def divided(self, from_stage: int) -> float:
         return 1.0 / self.ranks if self.stage >= from_stage else 1.0
@@ -56,6 +57,7 @@ class Memory:
 
     parts: dict[str, float] = field(default_factory=dict)
     moment: str = ""
+    recorded: float = 0.0  # of recorded passes, whose memory nobody else may use
 
     @property
     def allocated(self) -> float:
@@ -64,7 +66,7 @@ class Memory:
     @property
     def needed(self) -> float:
         """Of the device, all in all."""
-        return self.allocated * (1 + BETWEEN) + CONTEXT
+        return self.allocated * (1 + BETWEEN) + CONTEXT + self.recorded
 
 
 def most_memory(shape: Shape, held: Held, each: Pass, *, recomputed: int, passes: int) -> Memory:
@@ -72,7 +74,8 @@ def most_memory(shape: Shape, held: Held, each: Pass, *, recomputed: int, passes
     stays = _what_stays(shape, held)
     moments = _Moments(shape, held, each, recomputed, after_another=passes > 1)
     name, rest = max(moments.all(), key=lambda moment: sum(moment[1].values()))
-    return Memory({**stays, **{part: size for part, size in rest.items() if size}}, name)
+    own = rest.get("activations", 0.0) if held.recorded else 0.0
+    return Memory({**stays, **{part: size for part, size in rest.items() if size}}, name, own)
 
 
 def _what_stays(shape: Shape, held: Held) -> dict[str, float]:
@@ -85,11 +88,11 @@ def _what_stays(shape: Shape, held: Held) -> dict[str, float]:
     return {name: size for name, size in {**parts, "workspaces": WORKSPACES}.items() if size}
 
 
-def gradient_bytes(shape: Shape, held: Held) -> float:
-    """Of a trained weight, once its gradient has left the model (optimizer.Masters, rounding.Sums)."""
+def gradient_bytes(shape: Shape, held: Held, *, passes: int) -> float:
+    """Of a trained weight, once its gradient has left the model (masters.Masters, rounding.Sums)."""
     if held.pure_bf16 or held.stage:
         return shape.dtype.itemsize * held.divided(2)
-    return FLOAT32
+    return shape.dtype.itemsize if passes == 1 and held.ranks == 1 and not held.recorded else FLOAT32
 
 
 class _Moments:
@@ -98,7 +101,7 @@ class _Moments:
     def __init__(self, shape: Shape, held: Held, each: Pass, recomputed: int, *, after_another: bool):
         self.shape, self.tokens, self.recomputed = shape, each.tokens, recomputed
         self.blocks, self.size = shape.measured.blocks, shape.dtype.itemsize
-        self.gradient, self.after_another = gradient_bytes(shape, held), after_another
+        self.gradient, self.after_another = gradient_bytes(shape, held, passes=2 if after_another else 1), after_another
         self.matrix = shape.vocabulary * shape.width  # of the head, and of the embedding
         self.gathered = max((block.held for block in shape.blocks), default=0.0) if held.stage == 3 else 0.0
         self.keeps = [
@@ -135,8 +138,8 @@ class _Moments:
         weight = self.matrix if self.shape.trains_head else 0
         common = {"activations": activations, "gradients": self._earlier()}
         before = tile if self.tokens > CUDA_TILE else 0.0  # the tile before lives until this one takes its name
-        yield "head", {**common, "head": tile + weight * FLOAT32 + max(before, weight * self.size)}
-        yield "head's backward", {**common, "head": weight * (2 * FLOAT32 + self.size) + self.hidden}
+        yield "head", {**common, "head": tile + before + weight * FLOAT32}
+        yield "head's backward", {**common, "head": weight * (FLOAT32 + self.size) + self.hidden}
 
     def _backward(self, kept: float) -> Iterator[tuple[str, dict[str, float]]]:
         head = 0.0

@@ -6,7 +6,6 @@ is trained. Only config.json is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,9 +139,9 @@ def _shape(model: nn.Module, asked: Asked, measured: Measured) -> Shape:
     share = QUANTIZED[bits, asked.model.double_quantization] if bits else 0.0
     seen: set[int] = set()
 
-    def part(weights: Iterable[nn.Parameter]) -> Share:
+    def part(module: nn.Module) -> Share:
         held, trained, tensors = 0.0, 0, 0
-        for weight in weights:
+        for weight in (*module.parameters(), *module.buffers()):  # of fp8: scales, and the weight transposed
             if id(weight) in seen:
                 continue
             seen.add(id(weight))
@@ -151,11 +150,11 @@ def _shape(model: nn.Module, asked: Asked, measured: Measured) -> Shape:
             tensors += weight.requires_grad
         return Share(held, trained, tensors)
 
-    of_blocks = tuple(part(block.parameters()) for block in blocks)
+    of_blocks = tuple(part(block) for block in blocks)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     return Shape(
         blocks=of_blocks,
-        outside=part(model.parameters()),
+        outside=part(model),
         vocabulary=inner.config.get_text_config().vocab_size,
         width=inner.config.get_text_config().hidden_size,
         trains_head=any(weight.requires_grad for weight in head.parameters()),

@@ -24,6 +24,7 @@ from burnish.train.plan_steps import Pass
 
 # What is reached on an H100 (benchmarks/gpu/results, torch 2.11): shares of the data sheet's figures.
 PRODUCTS = 0.74  # ledger-*: 7B LoRA 232 TFLOP of frozen matrices in 317 ms, 1.5B full 151 in 209
+FP8 = 1.4  # of bf16's figure; alone, at these shapes, 1,390 to 1,490 TFLOP/s. Not measured in a run
 ATTENTION = 0.35  # FlashAttention-2's kernels on Hopper, forward and backward
 STREAMING = 0.78  # of the bandwidth: AdamW's 46 bytes a weight in 27 ms (ledger-full-1.5b-packed)
 SWIGLU = (
@@ -36,11 +37,12 @@ OF_A_GRADIENT = 3  # launches more for each trained tensor and pass: cast, added
 BATCH = 12e-3  # seconds between steps for each batch of one, in which the GPU waits (sft.json, *-default and *-packed)
 NOT_FUSED = 4  # kernels that a block as it is written takes for one of the compiler's. Not measured
 LINK = 0.7  # of a link between devices. Not measured
+AROUND = 60  # launches of an optimizer step, its norm and its log
 TILE = 128  # tokens: attention computes whole tiles
 
-# Bytes that move for a trained weight, in a step and in each pass (train/optimizer.py).
-NORM_AND_CLIP, ADAMW, PUBLISH = 4 + 8, 4 + 8 + 8 + 8, 4 + 2
-TO_MASTER = 2 + 4
+# Bytes that move for a trained weight in a step, its gradient apart, which is read twice: for the norm and to move it.
+ONE_PASS = 3 * 8 + 2  # kernels/adamw.py: master and two moments read and written, the model's weight written
+ONE_BY_ONE = ONE_PASS + 8 + 4  # other optimizers: gradients are clipped first, weights rounded last
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Rates:
     """Of one device, in FLOP and bytes a second."""
 
     products: float
+    fp8: float
     attention: float
     bandwidth: float
     link: float
@@ -56,7 +59,8 @@ class Rates:
     def of(cls, device: Device, dtype: torch.dtype) -> Rates:
         assert device.bf16_tflops is not None
         sheet = (device.bf16_tflops if dtype.itemsize == 2 else device.float32_tflops) * 1e12
-        return cls(PRODUCTS * sheet, ATTENTION * sheet, device.bandwidth * 1e12, LINK * device.link * 1e9)
+        fp8 = FP8 * sheet if device.fp8 and dtype.itemsize == 2 else PRODUCTS * sheet
+        return cls(PRODUCTS * sheet, fp8, ATTENTION * sheet, device.bandwidth * 1e12, LINK * device.link * 1e9)
 
     def moving(self, bytes_: float, share: float = STREAMING) -> float:
         return bytes_ / (share * self.bandwidth)
@@ -103,19 +107,24 @@ def time_of_step(
             for kernel in block.backward.kernels:
                 _add_kernel(time, kernel, each, rates, backward=True, fused=block.fused)
         _add_head(time, shape, each, rates, trained_share)
-        _add_gradients(time, shape, held, rates)
+        _add_gradients(time, shape, held, rates, len(passes))
         again = 1 + recomputed / max(shape.layers, 1)
         time.add("dequantizing", rates.moving((1 + again) * shape.dequantized), kernels=0)
-    moved = NORM_AND_CLIP + ADAMW + PUBLISH if shape.dtype.itemsize < FLOAT32 else NORM_AND_CLIP + ADAMW
-    time.add("optimizer", rates.moving(moved * shape.trained * held.divided(1)), kernels=60)
+    if held.recorded:  # the CPU starts one list of kernels, and what stands around it
+        time.cpu = LAUNCH * (AROUND + 30 * len(passes))
+    gradient = gradient_bytes(shape, held, passes=len(passes))
+    one_pass = held.optim in ("adamw_torch", "adamw_torch_fused") and not held.stage
+    moved = (ONE_PASS if one_pass else ONE_BY_ONE) + 2 * gradient
+    time.add("optimizer", rates.moving(moved * shape.trained * held.divided(1)), kernels=AROUND)
     _add_exchange(time, shape, held, rates, len(passes))
     return time
 
 
 def _add_kernel(time: Time, kernel: Kernel, each: Pass, rates: Rates, *, backward: bool, fused: bool) -> None:
     moved = kernel.moved.at(each.tokens)
-    if kernel.kind == "product":
-        seconds = max(kernel.flops * each.tokens / rates.products, rates.moving(moved))
+    if kernel.kind in ("product", "product in fp8"):
+        rate = rates.products if kernel.kind == "product" else rates.fp8
+        seconds = max(kernel.flops * each.tokens / rate, rates.moving(moved))
         time.add("matrix products", max(seconds, KERNEL))
     elif kernel.kind == "attention":
         pairs = (each.squares + TILE * each.tokens) / 2
@@ -135,17 +144,18 @@ def _add_head(time: Time, shape: Shape, each: Pass, rates: Rates, trained_share:
     time.add("head", products * 2 * tokens * matrix / rates.products, kernels=products * tiles)
     time.add("head", rates.moving(3 * tokens * shape.vocabulary * shape.dtype.itemsize), kernels=tiles)
     if shape.trains_head:  # each tile's gradient is added in float32; then scaled and rounded
-        time.add("head", rates.moving(matrix * (10 * tiles + 16)), kernels=tiles)
+        time.add("head", rates.moving(matrix * (8 * tiles + 6)), kernels=tiles)
     if shape.trains_embedding:
         time.add("element-wise", rates.moving(matrix * 3 * shape.dtype.itemsize), kernels=4)
     norm = 4 * (shape.measured.outside.at(each.tokens) + shape.measured.hidden.at(each.tokens))
     time.add("element-wise", rates.moving(norm), kernels=20)
 
 
-def _add_gradients(time: Time, shape: Shape, held: Held, rates: Rates) -> None:
+def _add_gradients(time: Time, shape: Shape, held: Held, rates: Rates, passes: int) -> None:
+    """Where a step has several passes each is added to a float32 sum; of one alone nothing moves."""
     launches = OF_A_GRADIENT * (shape.outside.tensors + sum(block.tensors for block in shape.blocks))
-    moved = TO_MASTER * shape.trained if shape.dtype.itemsize < FLOAT32 and not held.pure_bf16 else 0.0
-    time.add("gradients", rates.moving(moved), kernels=launches)
+    sums = gradient_bytes(shape, held, passes=passes) > shape.dtype.itemsize
+    time.add("gradients", rates.moving((2 + 8) * shape.trained if sums else 0.0), kernels=launches)
 
 
 def _add_exchange(time: Time, shape: Shape, held: Held, rates: Rates, passes: int) -> None:
@@ -153,7 +163,7 @@ def _add_exchange(time: Time, shape: Shape, held: Held, rates: Rates, passes: in
     if held.ranks == 1:
         return
     others = (held.ranks - 1) / held.ranks
-    bytes_ = 2 * others * gradient_bytes(shape, Held(held.optim, held.pure_bf16)) * shape.trained
+    bytes_ = 2 * others * FLOAT32 * shape.trained
     if held.stage == 3:
         bytes_ += 2 * passes * others * shape.held
     time.waiting += bytes_ / rates.link

@@ -88,13 +88,16 @@ def steps_of(rows: Rows, batching: Batching) -> list[Step]:
     return [step for step in steps if step]
 
 
-def passes_of(step: Step, most_tokens: int | None, *, padded: bool) -> list[Pass]:
-    """The documents of a step in passes of at most so many tokens; padded batches, and None: each batch is one."""
+def passes_of(step: Step, most_tokens: int | None, *, padded: bool, fills: int = 1) -> list[Pass]:
+    """The documents of a step in passes of at most so many tokens; padded batches, and None: each batch is one.
+
+    `fills`: a pass is filled up to a multiple of so many tokens (model/graphs.py).
+    """
     if padded:
         return [_padded(batch) for batch in step]
     if most_tokens is None:
-        return [_end_to_end(batch) for batch in step]
-    return [_end_to_end(documents) for documents in _cut([n for batch in step for n in batch], most_tokens)]
+        return [_end_to_end(batch, fills) for batch in step]
+    return [_end_to_end(documents, fills) for documents in _cut([n for batch in step for n in batch], most_tokens)]
 
 
 def _cut(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
@@ -109,9 +112,9 @@ def _cut(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
         yield waiting
 
 
-def _end_to_end(lengths: Sequence[int]) -> Pass:
+def _end_to_end(lengths: Sequence[int], fills: int) -> Pass:
     total = sum(lengths)
-    return Pass(total, total, float(sum(n * n for n in lengths)), max(lengths))
+    return Pass(-(-total // fills) * fills, total, float(sum(n * n for n in lengths)), max(lengths))
 
 
 def _padded(lengths: Sequence[int]) -> Pass:

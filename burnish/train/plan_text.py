@@ -26,6 +26,7 @@ def _title(plan: Plan) -> str:
     shape, run, ranks = plan.shape, plan.run, plan.run.held.ranks
     bits = run.asked.model.quantization_bit
     dtype = str(run.asked.dtype).removeprefix("torch.") + (f" on weights of {bits} bits" if bits else "")
+    dtype += f" on weights in {run.asked.model.base_dtype}" if run.asked.model.base_dtype else ""
     trained = f"{shape.trained:,} weights trained"
     where = f"{plan.device.title}" if ranks == 1 else f"{ranks} devices of {plan.device.title}"
     divided = f", ZeRO-{run.held.stage}" if run.held.stage else ""
@@ -39,6 +40,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield _row("peak", plan.memory.allocated / GIB, 2, f"as torch counts it, in: {plan.memory.moment}")
     beside = CONTEXT + BETWEEN * plan.memory.allocated
     yield _row("beside it", beside / GIB, 2, "CUDA context and fragmentation: an allowance, not measured")
+    if plan.memory.recorded:
+        yield _row("recorded passes", plan.memory.recorded / GIB, 2, "CUDA graphs, whose memory is theirs alone")
     yield _row("needed", plan.memory.needed / GIB, 2, f"of {plan.device.memory_gib:.1f} GiB")
 
 
@@ -103,6 +106,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "moment": plan.memory.moment,
         "pass_tokens": plan.pass_tokens,
         "passes_per_step": round(plan.passes, 2),
+        "recorded_as_cuda_graphs": plan.run.held.recorded,
         "recomputed_blocks": plan.recomputed,
         "blocks": plan.shape.layers,
         "tokens_per_step": round(plan.step_tokens),

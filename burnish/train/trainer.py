@@ -27,6 +27,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from burnish import console, ranks
 from burnish.data.loader import order_of, position_of
 from burnish.errors import Problem, RunStopped, UserError
+from burnish.model.graphs import PassGraphs, fill
 from burnish.model.head import unwrap
 from burnish.model.patch import size_of
 from burnish.train import checkpoint
@@ -71,7 +72,7 @@ class Trainer(Evaluation):
 
     def _prepare(self, resume: Path | None) -> None:
         """Weights, optimizer, schedule and state: new, or as they were at the checkpoint."""
-        for part in (self.update, self.noise):  # of a training before this one
+        for part in (self.graphs, self.update, self.noise):  # of a training before this one
             if part is not None:
                 part.release()
         set_seed(self.args.seed)
@@ -83,6 +84,7 @@ class Trainer(Evaluation):
         self.update = self._make_update()
         alpha = self.args.neftune_noise_alpha
         self.noise = EmbeddingNoise(self.objective, alpha) if alpha else None
+        self.graphs = None if self.recorder is None else PassGraphs(self.objective, self.update, self.recorder)
         self.optimizer = self.update.optimizer
         self.lr_scheduler = create_scheduler(self.args, self.optimizer, self.steps.total)
         self.guard = FiniteGuard(self.device)
@@ -95,7 +97,8 @@ class Trainer(Evaluation):
         self.measured = NOT_MEASURED
         self.last_saved_step = -1
         can_be_cut = self.objective.fused and not self.is_divided
-        self.passes = Passes(self.micro_batch_tokens, self.device, can_be_cut=can_be_cut, recompute=self.recompute)
+        how: dict[str, Any] = {"recompute": self.recompute, "graphs": self.graphs}
+        self.passes = Passes(self.micro_batch_tokens, self.device, can_be_cut=can_be_cut, **how)
         self.epochs_ended = 0  # those of which callbacks have heard the end
         self._grad_norm: Tensor | None = None
         self._learning_rate = current_learning_rate(self.optimizer)
@@ -199,6 +202,10 @@ class Trainer(Evaluation):
 
     def training_step(self, batch: Batch, num_trained: int, *, last: bool = True) -> Tensor:
         """Forward and backward of one pass; → its share of the step's mean loss, a scalar on the device."""
+        if self.graphs is not None:
+            batch = fill(batch)
+            if self.device.type == "cuda":
+                batch = batch.pin_memory()  # the CPU is far ahead, and would wait here for the GPU to have time
         loss = self.update.forward(batch.to(self.device)) / num_trained
         self.update.backward(loss, last=last)
         return loss.detach()
@@ -283,6 +290,8 @@ class Trainer(Evaluation):
     def _describe_fault(self, record: StepRecord) -> str:
         if self.is_divided:  # a module's hooks would wait for peers that have other rows
             return f"  one of rows {', '.join(place for batch in record.batches for place in batch.places)}"
+        if self.graphs is not None:
+            self.graphs.release()  # what is replayed calls no module's hook
         return diagnose(self.model, record, lambda batch: self.objective(batch).loss, self.device)
 
     def _stop_if_asked_to(self) -> None:
@@ -317,8 +326,9 @@ class Trainer(Evaluation):
             load_weights(self.model, Path(self.state.best_model_checkpoint))
             if self.state.best_global_step != self.state.global_step:
                 self.measured = NOT_MEASURED
-        if self.noise is not None:
-            self.noise.release()
+        for part in (self.noise, self.graphs):
+            if part is not None:
+                part.release()
         self.peers.wait()
         self.tell("on_train_end")
         return TrainOutput(self.state.global_step, train_loss, metrics)

@@ -26,6 +26,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=False, metadata={"help": "Begin anew in an output_dir that holds a run."}
     )
     micro_batch_tokens: str = field(default="auto", metadata={"help": "The most tokens of a pass."})
+    cuda_graphs: bool | None = None  # record passes and replay them; None: where it pays
     compile_blocks: bool | None = None  # torch_compile, of which transformers would set up accelerate
 
     def __post_init__(self) -> None:

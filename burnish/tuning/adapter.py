@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from burnish import console
 from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
+from burnish.model.fp8 import hold_layers_in_fp8
 from burnish.model.patch import size_of
 from burnish.model.quantized import is_quantized
 from burnish.tuning.arguments import FinetuningArguments
-from burnish.tuning.blocks import text_modules
+from burnish.tuning.blocks import linear_layers, text_modules
 from burnish.tuning.freeze import init_freeze
 from burnish.tuning.lora import init_lora, load_adapter, merge_adapters
 
@@ -31,6 +32,8 @@ def init_adapter(
 ) -> PreTrainedModel | PeftModel:
     """The model to train (`requires_grad` set on every parameter), or to ask. `model` itself is changed."""
     adapters = list(model_args.adapter_name_or_path or [])
+    if model_args.base_dtype == "fp8":
+        hold_layers_in_fp8(linear_layers(model).values())
     if is_quantized(model) and (problems := what_quantized_cannot(model_args, args, trainable=trainable)):
         raise UserError(problems)
     if not trainable and adapters and is_quantized(model):  # beside the weights: merged they would be rounded again
@@ -58,7 +61,15 @@ def what_quantized_cannot(model_args: ModelArguments, args: FinetuningArguments,
     found = []
     if trainable and args.finetuning_type != "lora":
         message = f"is of frozen weights, and finetuning_type: {args.finetuning_type} trains them"
-        found.append(Problem("quantization_bit", "", None, message, "set finetuning_type: lora, or leave it out"))
+        found.append(
+            Problem(
+                "base_dtype" if model_args.base_dtype else "quantization_bit",
+                "",
+                None,
+                message,
+                "set finetuning_type: lora, or leave it out",
+            )
+        )
     adapters = model_args.adapter_name_or_path or []
     if len(adapters) > 1 or (trainable and adapters and args.create_new_adapter):
         message = "is not possible on quantized weights: all but the last are merged"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from burnish.kernels.dequantized_linear import dequantized_lora_linear
 from burnish.kernels.lora_linear import lora_linear
 from burnish.kernels.lora_mlp import LoraWeights, lora_mlp
+from burnish.model.fp8 import Fp8Linear
 from burnish.model.patch import swiglu_layers
 from burnish.model.probe import close
 from burnish.model.quantized import Dequantizing
@@ -28,11 +29,17 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse_lora(model: Model) -> Model:
     """Let every LoRA layer of `model` that can be computed in one operation be so. Changes `model` itself."""
     for layer in model.modules():
-        if type(layer) is Linear and type(layer.base_layer) is nn.Linear and not any(layer.use_dora.values()):
+        if _is_plain(layer):
             layer.__class__ = FusedLinear
         elif isinstance(layer, LoraLayer) and isinstance(layer.base_layer, Dequantizing):
             layer.__class__ = _fused_quantized(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
     return model
+
+
+def _is_plain(layer: Any) -> bool:
+    if type(layer) is not Linear or type(layer.base_layer) not in (nn.Linear, Fp8Linear):
+        return False
+    return not any(layer.use_dora.values())
 
 
 @cache
@@ -62,10 +69,10 @@ def _computes_the_same(module: nn.Module, fused: type[nn.Module]) -> bool:
     layers = swiglu_layers(module)
     assert layers is not None
     first: Any = layers[0]
-    weight, own = first.base_layer.weight, type(module)
-    if weight.is_meta:  # no numbers to compare: a plan takes the name's word
+    own, like = type(module), first.lora_A[first.active_adapters[0]].weight  # [r, K]
+    if like.is_meta:  # no numbers to compare: a plan takes the names' word
         return True
-    x = torch.randn(16, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(16, like.shape[1], generator=torch.Generator().manual_seed(0)).to(like)
     with torch.no_grad():
         expected = module(x)
         module.__class__ = fused
@@ -89,9 +96,11 @@ def plain_lora(layer: Any) -> PlainLora | None:
     base: Any = layer.base_layer
     a: Any = layer.lora_A[name].weight
     b: Any = layer.lora_B[name].weight
+    if isinstance(base, Fp8Linear):
+        return PlainLora(LoraWeights(base.frozen, a, b), base.bias, layer.scaling[name])
     if base.weight.requires_grad or base.weight.dtype != a.dtype:
         return None
-    return PlainLora(LoraWeights(base.weight, a, b), base.bias, layer.scaling[name])
+    return PlainLora(LoraWeights([base.weight], a, b), base.bias, layer.scaling[name])
 
 
 def _plain_adapter(layer: Any) -> str | None:
@@ -108,7 +117,7 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = plain_lora(self)
-        if args or kwargs or plain is None or x.dtype != plain.layer.weight.dtype:
+        if args or kwargs or plain is None or x.dtype != plain.layer.a.dtype:
             return super().forward(x, *args, **kwargs)
         weight, a, b = plain.layer
         return lora_linear(x, weight, plain.bias, a, b, plain.scale)
@@ -146,6 +155,7 @@ def _go_together(x: Tensor, *layers: PlainLora) -> bool:
         each.bias is None
         and each.scale == first.scale
         and each.layer.a.shape[0] == rank
-        and each.layer.weight.dtype == x.dtype
+        and each.layer.a.dtype == x.dtype
+        and len(each.layer.weight) == len(first.layer.weight)
         for each in layers
     )

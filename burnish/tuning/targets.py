@@ -115,7 +115,7 @@ def conflicts(
     held = [path for path in (*whole, *targets.parameters) if is_quantized(_holder(model, path))]
     if held:
         message = "is held quantized, and cannot be trained whole or as a parameter"
-        found.append(Problem(place, "", held[0], message, "leave it out, or leave quantization_bit out"))
+        found.append(Problem(place, "", held[0], message, "leave it out, or leave quantization_bit and base_dtype out"))
     asked: dict[str, Any] = {
         "lora_dropout": args.lora_dropout,
         "use_dora": args.use_dora,

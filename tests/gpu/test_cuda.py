@@ -87,7 +87,7 @@ def test_kernels_give_what_their_references_give_in_float64(dtype, rounding):
     x, a, b = (torch.randn(*s, device=DEVICE, dtype=dtype, requires_grad=True) for s in [(77, 64), (8, 64), (96, 8)])
     w = torch.randn(96, 64, device=DEVICE, dtype=dtype)
     exact_parts = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    out = lora_kernel.lora_linear(x, w, None, a, b, 2.0)
+    out = lora_kernel.lora_linear(x, [w], None, a, b, 2.0)
     ref = lora_kernel.reference(exact_parts[0], w.double(), None, exact_parts[1], exact_parts[2], 2.0)
     out.sum().backward()
     ref.sum().backward()
@@ -123,11 +123,14 @@ def test_the_swiglu_block_gives_what_its_layers_give_in_float64(rows, hidden, wi
         return (torch.randn(*shape, device=DEVICE) / shape[-1] ** 0.5).to(dtype)
 
     shapes = [(wide, hidden), (wide, hidden), (hidden, wide)]
-    layers = [mlp_kernel.LoraWeights(draw(n, k), draw(rank, k), draw(n, rank)) for n, k in shapes]
+    layers = [mlp_kernel.LoraWeights([draw(n, k)], draw(rank, k), draw(n, rank)) for n, k in shapes]
     x = torch.randn(rows, hidden, device=DEVICE).to(dtype)
     results = []
     for function, cast in ((mlp_kernel.lora_mlp, dtype), (mlp_kernel.reference, torch.float64)):
-        own = [mlp_kernel.LoraWeights(*(part.to(cast).clone() for part in layer)) for layer in layers]
+        own = [
+            mlp_kernel.LoraWeights([w.to(cast) for w in weight], a.to(cast).clone(), b.to(cast).clone())
+            for weight, a, b in layers
+        ]
         leaves = [x.to(cast).clone(), *(part for layer in own for part in layer[1:])]
         for leaf in leaves:
             leaf.requires_grad_()
@@ -155,8 +158,10 @@ def test_compiled_blocks_give_the_gradients_of_plain_ones(method, dtype, roundin
             fuse_mlp(fuse_lora(model))
             torch._dynamo.utils.counters.clear()
             assert compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model)) == ""
-            assert not torch._dynamo.utils.counters["graph_break"]
-            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # with and without ∂x of the first block
+            if dtype == torch.bfloat16:  # in float32 attention goes document by document, which is not compiled
+                assert not torch._dynamo.utils.counters["graph_break"]
+                # with and without ∂x of the first block
+                assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
         losses = []
         for count in (1, 5, 9):
             loss = CausalLoss(model, fused=True)(collate(samples(count, seed=count)).to(torch.device(DEVICE))).loss

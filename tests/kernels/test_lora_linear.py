@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from burnish.kernels import frozen_linear as frozen_kernel
 from burnish.kernels import lora_linear as linear_kernel
 from burnish.kernels import lora_mlp as mlp_kernel
 from burnish.kernels.lora_mlp import LoraWeights
 
 ROWS = [1, 7, 64]
-HIDDEN, WIDE = 24, 40
+HIDDEN, WIDE = 32, 48
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -19,7 +20,17 @@ def draw(*shape, dtype=torch.float64, seed=0):
 
 def lora(wide, narrow, rank, dtype, seed):
     a, b = draw(rank, narrow, dtype=dtype, seed=seed), draw(wide, rank, dtype=dtype, seed=seed + 1)
-    return LoraWeights(draw(wide, narrow, dtype=dtype, seed=seed + 2), a.requires_grad_(), b.requires_grad_())
+    return LoraWeights([draw(wide, narrow, dtype=dtype, seed=seed + 2)], a.requires_grad_(), b.requires_grad_())
+
+
+def in_float64(layer):
+    """The same numbers as leaves of their own."""
+    a, b = (part.detach().double().requires_grad_() for part in (layer.a, layer.b))
+    return LoraWeights([part.double() for part in layer.weight], a, b)
+
+
+def in_fp8(layer):
+    return layer._replace(weight=frozen_kernel.hold_in_fp8(layer.weight[0]))
 
 
 def distance(a, b):
@@ -35,7 +46,11 @@ def results(function, x, layers, *more):
 
 
 def one_linear(function, bias):
-    return lambda x, layer, scale: function(x, layer.weight, bias, layer.a, layer.b, scale)
+    def call(x, layer, scale):
+        weight = layer.weight if function is linear_kernel.lora_linear else layer.weight[0]
+        return function(x, weight, bias, layer.a, layer.b, scale)
+
+    return call
 
 
 CASES = [(torch.float64, 1e-12, False), (torch.float32, 1e-5, False), (torch.bfloat16, 3e-2, False)]
@@ -49,9 +64,7 @@ def test_a_lora_layer_is_three_linear_layers(dtype, rounding, bias, compiled):
     fused = one_linear(linear_kernel.lora_linear, offset)
     function = torch.compile(fused, dynamic=True) if compiled else fused
     exact = one_linear(linear_kernel.reference, None if offset is None else offset.double())
-    truth = LoraWeights(*(part.detach().double() for part in layer))
-    for part in truth[1:]:
-        part.requires_grad_()
+    truth = in_float64(layer)
     for rows in ROWS[1:] if compiled else ROWS:
         x = draw(2, rows, HIDDEN, dtype=dtype, seed=rows).requires_grad_()
         got = results(function, x, [layer], 1.5)
@@ -63,10 +76,7 @@ def test_a_lora_layer_is_three_linear_layers(dtype, rounding, bias, compiled):
 def test_a_lora_swiglu_block_is_its_linear_layers(dtype, rounding, compiled):
     shapes = [(WIDE, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)]
     layers = [lora(*shape, 4, dtype, seed=10 * number) for number, shape in enumerate(shapes)]
-    truths = [LoraWeights(*(part.detach().double() for part in layer)) for layer in layers]
-    for truth in truths:
-        truth.a.requires_grad_()
-        truth.b.requires_grad_()
+    truths = [in_float64(layer) for layer in layers]
     function = torch.compile(mlp_kernel.lora_mlp, dynamic=True) if compiled else mlp_kernel.lora_mlp
     for rows in ROWS[1:] if compiled else ROWS:
         x = (0.2 * draw(2, rows, HIDDEN, seed=rows)).to(dtype).requires_grad_()
@@ -75,14 +85,39 @@ def test_a_lora_swiglu_block_is_its_linear_layers(dtype, rounding, compiled):
         assert max(map(distance, got, wanted)) < rounding
 
 
-def test_the_operators_keep_the_rules_of_torch():
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_beside_weights_in_fp8_layer_and_block_are_what_they_are_beside_whole_ones(dtype, compiled):
+    """To fp8's rounding, 4 % of a number; what an adapter learns is not rounded but follows from what is."""
+    shapes = [(WIDE, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)]
+    whole = [lora(*shape, 4, dtype, seed=10 * number) for number, shape in enumerate(shapes)]
+    held = [in_fp8(layer) for layer in whole]
+    bias = draw(WIDE, dtype=dtype)
+    for function, count in ((one_linear(linear_kernel.lora_linear, bias), 1), (mlp_kernel.lora_mlp, 3)):
+        function = torch.compile(function, dynamic=True) if compiled else function
+        for rows in ROWS[1:]:
+            x = (0.2 * draw(2, rows, HIDDEN, seed=rows)).to(dtype).requires_grad_()
+            got, wanted = (results(function, x, layers[:count], 0.5) for layers in (held, whole))
+            apart = [distance(a, b) for a, b in zip(got, wanted, strict=True)]
+            assert apart[0] > 1e-3 and max(apart) < 0.15
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["whole", "fp8"])
+def test_the_operators_keep_the_rules_of_torch(held):
     """Shapes without data, no outputs that share memory with inputs, gradients that are registered."""
-    layer = lora(WIDE, HIDDEN, 4, torch.float32, seed=1)
+    layer, down, up = (
+        in_fp8(each) if held else each
+        for each in (
+            lora(WIDE, HIDDEN, 4, torch.float32, seed=1),
+            lora(HIDDEN, WIDE, 4, torch.float32, seed=5),
+            lora(WIDE, HIDDEN, 4, torch.float32, seed=9),
+        )
+    )
     x = draw(6, HIDDEN, dtype=torch.float32).requires_grad_()
+    rows = frozen_kernel.rows_of(x, layer.weight)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        torch.ops.burnish.lora_linear.default, (x, layer.weight, None, layer.a, layer.b, 2.0), test_utils=checks
+        torch.ops.burnish.lora_linear.default, (x, rows, layer.weight, None, layer.a, layer.b, 2.0), test_utils=checks
     )
-    down = lora(HIDDEN, WIDE, 4, torch.float32, seed=5)
-    arguments = (x, *layer, *lora(WIDE, HIDDEN, 4, torch.float32, seed=9), *down, 2.0)
-    torch.library.opcheck(torch.ops.burnish.lora_mlp.default, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.burnish.lora_mlp.default, (x, *layer, *up, *down, 2.0), test_utils=checks)
+    torch.library.opcheck(torch.ops.burnish.frozen_linear.default, (x, rows, layer.weight, None), test_utils=checks)

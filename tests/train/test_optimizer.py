@@ -16,7 +16,8 @@ from transformers.trainer_utils import SchedulerType
 
 from burnish.data.loader import collate
 from burnish.errors import UserError
-from burnish.train.optimizer import OPTIMIZERS, Masters, create_optimizer, create_scheduler, steps_on_metric
+from burnish.train.masters import Masters
+from burnish.train.optimizer import OPTIMIZERS, create_optimizer, create_scheduler, steps_on_metric
 
 
 class OneWeight(nn.Module):
@@ -70,6 +71,7 @@ def test_small_updates_of_a_bf16_weight_are_not_lost():
     assert (model.weight - 1e-4 * torch.ones_like(model.weight) == 1.0).all()
     for _ in range(200):
         model().backward()
+        masters.give_gradients()
         optimizer.step()
         masters.publish()
         optimizer.zero_grad(set_to_none=True)
@@ -87,6 +89,21 @@ def test_gradients_of_many_passes_are_added_up_in_float32_and_leave_the_model():
     assert torch.equal(masters.by_name["weight"].grad, torch.full((4, 2), 600.0))
 
 
+def test_the_gradient_of_one_pass_is_kept_as_it_is_until_somebody_needs_it_in_float32():
+    model = OneWeight(1.0, torch.bfloat16)
+    masters = Masters(model)
+    master = masters.by_name["weight"]
+    model().backward()
+    assert masters.gradient_of(master).dtype == torch.bfloat16 and model.weight.grad is None and master.grad is None
+    masters.forget()
+    assert masters.gradient_of(master) is None
+    for passes in (1, 2):
+        model().backward()
+        masters.give_gradients()
+        assert torch.equal(master.grad, torch.full((4, 2), float(passes)))
+        assert masters.gradient_of(master) is master.grad
+
+
 def test_a_weight_that_serves_twice_has_one_master_with_both_gradients():
     model = small_model("llama", tie_word_embeddings=True, dtype=torch.bfloat16)
     reference = small_model("llama", tie_word_embeddings=True, dtype=torch.bfloat16)
@@ -95,6 +112,7 @@ def test_a_weight_that_serves_twice_has_one_master_with_both_gradients():
     ids = torch.arange(3, 20)[None]
     for each in (model, reference):
         each(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    masters.give_gradients()
     ours, theirs = masters.by_name["model.embed_tokens.weight"].grad, reference.model.embed_tokens.weight.grad
     assert ours.dtype == torch.float32 and theirs.any()
     assert torch.equal(ours, theirs.float())
@@ -234,12 +252,12 @@ def test_a_bf16_model_trains_on_updates_that_bf16_cannot_hold(tmp_path):
 def test_a_bf16_model_that_is_trained_twice_gives_its_gradients_to_the_masters_of_the_second_run_alone(tmp_path):
     again = trainer(small_model("llama", dtype=torch.bfloat16), arguments(tmp_path / "again"), samples(4))
     again.train()
-    first = again.update.masters.by_name.values()
+    first = again.update.masters
     again.train()
-    assert all(master.grad is None for master in first)
     again.objective(collate(samples(2))).loss.backward()
-    assert all(master.grad is None for master in first)
-    assert all(master.grad is not None for master in again.update.masters.by_name.values())
+    second = again.update.masters
+    assert all(first.gradient_of(master) is None for master in first.by_name.values())
+    assert all(second.gradient_of(master) is not None for master in second.by_name.values())
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

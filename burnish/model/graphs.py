@@ -1,0 +1,416 @@
+"""Passes over the blocks recorded as CUDA graphs and replayed: for models so small that a GPU waits for its launches.
+
+One idea: what turns ids into hidden states, and what turns the gradient of those into gradients of weights, is the same
+list of kernels whenever a pass has the same shape. The CPU needs about 6 ms a block to name them one by one; recorded,
+it names the list. Head and loss stay as they are: how many tokens are trained differs from pass to pass.
+
+    tokens 4,100    → 4,608   a multiple of 512: one more document, which nobody trains on
+    documents 17    → 31      one less than a power of two: the others have no tokens
+    longest 700     → 1,024   a power of two
+
+Every training pass is filled up so (`fill`), recorded or not, so that a run's numbers do not depend on what has been
+recorded. A shape is recorded when it comes for the second time. Whatever goes wrong there (work that waits for a value,
+no memory) ends the recording, not the run. Gradients stay where they are from step to step, as the recorded additions
+to them do; a weight or gradient that has moved all the same is noticed, and what was recorded is forgotten.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from burnish import console
+from burnish.model.head import CausalLoss, decoder_of, unwrap
+from burnish.model.patch import size_of
+from burnish.types import IGNORE_INDEX, Batch
+
+TOKENS = 512  # passes are filled up to a multiple of so many
+BORDERS, LONGEST = 16, 512  # and these, at least, to a power of two
+MOST = 32  # recordings at a time; other shapes stay as they are
+
+LAUNCHING = 6e-3  # seconds that a CPU takes to launch a block's kernels, forward and backward (docs/performance.md)
+SPEED = 400e12  # FLOP/s of a GPU at its matrix products
+
+Inputs = dict[str, Any]  # keywords of the decoder's forward
+
+
+class CannotRecord(RuntimeError):
+    """A pass that would not be the same when it is replayed."""
+
+
+class Recorder(Protocol):
+    """Keeps work, so that it can be done again without its Python."""
+
+    def rehearse(self, work: Callable[[], None]) -> None:
+        """Do it as it will be recorded. Raises where it cannot be."""
+        ...
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """→ what does the work; nothing has been done yet."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of all that was recorded, and of its memory."""
+        ...
+
+
+class Gradients(Protocol):
+    """What `train/optimizer.py` does about the gradients that recorded passes add to."""
+
+    def keep_places(self, keep: bool) -> None:
+        """Whether they become zero where they are after a step, in the place of nothing."""
+        ...
+
+    def places(self) -> tuple[int, ...]:
+        """The address of each, 0 where there is none."""
+        ...
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """What must be the same for a recorded pass to be the pass."""
+
+    tokens: int
+    borders: int  # entries of cu_seq_lens
+    longest: int
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> Shape:
+        return cls(inputs["input_ids"].shape[1], len(inputs["cu_seq_lens_q"]), inputs["max_length_q"])
+
+
+def fill(batch: Batch) -> Batch:
+    """The batch with a document of id 0 at its end, documents of no tokens, and a longest that is rounded up.
+
+    Its trained positions, targets and counts stay. All ids that were added stand at position 0, which any model has.
+    """
+    borders, tokens = batch.inputs["cu_seq_lens_q"], batch.labels.shape[1]
+    most = -(-tokens // TOKENS) * TOKENS
+    added = (0, most - tokens)
+    filled = torch.full((_power_of_two(len(borders) + 1, BORDERS),), most, dtype=borders.dtype)
+    filled[: len(borders)] = borders
+    longest = min(_power_of_two(batch.inputs["max_length_q"], LONGEST), most)
+    inputs = {
+        "input_ids": nn.functional.pad(batch.inputs["input_ids"], added),
+        "position_ids": nn.functional.pad(batch.inputs["position_ids"], added),
+        "cu_seq_lens_q": filled,
+        "cu_seq_lens_k": filled,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    return replace(batch, inputs=inputs, labels=nn.functional.pad(batch.labels, added, value=IGNORE_INDEX))
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(1 << (number - 1).bit_length(), least)
+
+
+def pays(blocks: Iterable[nn.Module], tokens: float) -> bool:
+    """Whether a GPU computes every block for so many tokens faster than a CPU launches it."""
+
+    def flops(block: nn.Module) -> float:
+        return sum((6 if weight.requires_grad else 4) * size_of(weight) for weight in block.parameters())
+
+    largest = max((flops(block) for block in blocks), default=math.inf)
+    return largest * tokens / SPEED < LAUNCHING
+
+
+def has_dropout(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+# ---- recorded passes -----------------------------------------------------------------------------------------------
+
+
+class Recording:
+    """One shape: hidden states from ids, and gradients of weights from the gradient of the hidden states.
+
+    `hidden` and `gradient` [1, T, H] are what it writes and reads; recordings share them, as one pass is over before
+    the next begins.
+    """
+
+    def __init__(
+        self, run: Callable[[Inputs], Tensor], inputs: Inputs, hidden: Tensor, gradient: Tensor, recorder: Recorder
+    ):
+        self._run, self._hidden, self._gradient = run, hidden, gradient
+        self._inputs = {name: each.clone() if isinstance(each, Tensor) else each for name, each in inputs.items()}
+        self._root: Tensor | None = None  # of autograd's graph, between the two
+        self._replay_forward = recorder.record(self._do_forward)
+        self._replay_backward = recorder.record(self._do_backward)
+
+    def _do_forward(self) -> None:
+        self._root = self._run(self._inputs)
+        self._hidden.copy_(self._root.detach())
+
+    def _do_backward(self) -> None:
+        root, self._root = self._root, None
+        assert root is not None
+        torch.autograd.backward(root, self._gradient)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        for name, mine in self._inputs.items():
+            if isinstance(mine, Tensor):
+                mine.copy_(inputs[name], non_blocking=True)
+        self._replay_forward()
+        return self._hidden.detach()
+
+    def backward(self, gradient: Tensor) -> None:
+        self._gradient.copy_(gradient)
+        self._replay_backward()
+
+
+class _Replay(torch.autograd.Function):
+    """Joins a recording to the head's autograd graph. `anchor` is what asks for the gradient; it gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, recording: Recording, inputs: Inputs) -> Tensor:
+        ctx.recording = recording
+        return recording.forward(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.recording.backward(gradient)
+        return None, None, None
+
+
+class PassGraphs:
+    """The passes of `objective` while it trains: those of a shape that has come before are replayed."""
+
+    def __init__(self, objective: CausalLoss, gradients: Gradients, recorder: Recorder):
+        self._objective, self._gradients, self._recorder = objective, gradients, recorder
+        self._weights = list(objective.model.parameters())
+        self._anchor = torch.zeros((), device=self._weights[0].device, requires_grad=True)
+        self._may_record = True
+        self._seen: set[Shape] = set()
+        self._recordings: dict[Shape, Recording] = {}
+        self._places: tuple[int, ...] = ()  # of all that a recording reads and writes, when it was made
+        self._like: Tensor | None = None  # one hidden state, once it has been rehearsed
+        self._exchanged: tuple[Tensor, Tensor] | None = None  # hidden states and their gradient, flat
+        objective.graphs = self
+
+    @property
+    def count(self) -> int:
+        """Recordings that are held."""
+        return len(self._recordings)
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """→ hidden states [1, T, H]."""
+        recording = self._recording(inputs) if self._may_record and torch.is_grad_enabled() else None
+        if recording is None:
+            return self._objective.hidden_states(inputs)
+        return _Replay.apply(self._anchor, recording, inputs)  # type: ignore[return-value]
+
+    def stop(self, why: str = "") -> bool:
+        """Forget what was recorded and record no more; → whether there was anything. `why` is said, if it is given."""
+        had_any = bool(self._recordings)
+        self._may_record = False
+        self._forget()
+        self._gradients.keep_places(False)
+        if why:
+            console.warn(f"passes are not recorded as CUDA graphs: {why}")
+        return had_any
+
+    def release(self) -> None:
+        """The objective computes by itself again."""
+        self.stop()
+        self._objective.graphs = None
+
+    def _forget(self) -> None:
+        self._recordings.clear()
+        self._exchanged = None
+        self._recorder.forget()
+
+    def _recording(self, inputs: Inputs) -> Recording | None:
+        shape = Shape.of(inputs)
+        if self._recordings and self._has_moved():
+            self._forget()
+        if shape not in self._recordings and shape in self._seen and len(self._recordings) < MOST:
+            self._record(shape, inputs)
+        self._seen.add(shape)
+        return self._recordings.get(shape)
+
+    def _has_moved(self) -> bool:
+        """Whether anything that is read or added to is elsewhere now. What had no gradient then has none from there."""
+        return any(then and then != now for then, now in zip(self._places, self._places_now(), strict=True))
+
+    def _places_now(self) -> tuple[int, ...]:
+        of_weights = (weight.data_ptr() if weight.requires_grad else -weight.data_ptr() for weight in self._weights)
+        return (*of_weights, *self._gradients.places())
+
+    def _record(self, shape: Shape, inputs: Inputs) -> None:
+        before = [(weight, weight.grad) for weight in self._weights if weight.requires_grad]
+        try:
+            if not self._recordings:
+                self._rehearse(inputs)
+            self._recordings[shape] = Recording(
+                self._objective.hidden_states, inputs, *self._exchange(shape), self._recorder
+            )
+            self._places = self._places_now()
+            return
+        except Exception as error:  # whatever a model or the device raises here means one thing: not this way
+            why = _first_line(error)
+        # Here, and not above: while the error is handled it holds the tensors of what was tried.
+        for weight, gradient in before:
+            weight.grad = gradient
+        self.stop(why)
+
+    def _rehearse(self, inputs: Inputs) -> None:
+        """Passes whose gradients are zero: nothing is added to what there is, and what is missing is made."""
+        decoder = decoder_of(unwrap(self._objective.model))
+        hooked = next((name for name, module in decoder.named_modules() if _has_hooks(module)), None)
+        if hooked is not None:
+            raise CannotRecord(f"a hook at {hooked or 'the decoder'} would not be called")
+        self._gradients.keep_places(True)
+        self._recorder.rehearse(lambda: self._pass_for_nothing(inputs))
+
+    def _pass_for_nothing(self, inputs: Inputs) -> None:
+        hidden = self._objective.hidden_states(inputs)
+        if not hidden.requires_grad:
+            raise CannotRecord("nothing before the head is trained")
+        self._like = hidden.detach()[0, 0].clone()
+        hidden.backward(torch.zeros_like(hidden))
+
+    def _exchange(self, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Room for hidden states and their gradient; what is made for more tokens serves fewer."""
+        assert self._like is not None
+        width = len(self._like)
+        size = shape.tokens * width
+        if self._exchanged is None or len(self._exchanged[0]) < size:
+            self._exchanged = (self._like.new_zeros(size), self._like.new_zeros(size))
+        hidden, gradient = (flat[:size].view(1, shape.tokens, width) for flat in self._exchanged)
+        return hidden, gradient
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- the device ----------------------------------------------------------------------------------------------------
+
+
+class CudaRecorder:
+    """CUDA graphs that share one pool of memory: a recorded pass is over, forward and backward, before another begins.
+
+    Only this thread's calls are watched while it records ("thread_local"): others may load data and talk to peers.
+    """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()  # not the default one, which cannot be recorded
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._broken: list[torch.cuda.CUDAGraph] = []  # torch's allocator may hold pointers to them
+
+    def rehearse(self, work: Callable[[], None]) -> None:
+        """On the usual stream, where gradients that are missing belong; then aside, so that what libraries allocate for
+        a stream is there before it is recorded; then with an error where the CPU would wait for the device."""
+        state = torch.cuda.get_rng_state()
+        try:
+            work()
+            with self._aside():
+                work()
+                with _no_waiting():
+                    work()
+            if not torch.equal(state, torch.cuda.get_rng_state()):
+                raise CannotRecord("it draws random numbers")
+        finally:
+            torch.cuda.set_rng_state(state)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        gc.collect(1)  # an autograd node of an earlier pass would be of another stream
+        torch.cuda.synchronize()
+        free, _ = torch.cuda.mem_get_info()
+        if free < torch.cuda.memory_reserved():  # while it records torch's allocator gives nothing back
+            torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with self._aside(), _no_collecting():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+                graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
+        self._graphs.append(graph)
+        return graph.replay
+
+    def forget(self) -> None:
+        torch.cuda.synchronize()
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # torch makes a pool that was given up no second time
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        usual = torch.cuda.current_stream()
+        self._stream.wait_stream(usual)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            usual.wait_stream(self._stream)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed. One that CUDA itself has ended leaves torch in the middle of it: its allocator
+        still serves the recording, and its generator of random numbers counts for it until another one has ended."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        try:
+            graph.pool()  # raises where the recording was not ended as it should
+        except RuntimeError:
+            self._broken.append(graph)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
+            with suppress(RuntimeError):
+                another = torch.cuda.CUDAGraph()
+                self._broken.append(another)
+                another.capture_begin(capture_error_mode="thread_local")
+                torch.zeros(1, device="cuda")
+                another.capture_end()
+        else:
+            graph.reset()
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Within it an operation for which the CPU waits raises CannotRecord."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise CannotRecord("the CPU waits in them for values that the GPU computes") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """What Python would free of its own accord might be the device's, which it must not touch now."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
