@@ -340,7 +340,7 @@ def _why_not_recorded(settings: Settings, args: Any, model: Any, path: ForwardPa
         "padded batches": not path.padding_free,
         "the model's own head and loss": not path.fused_head,
         "it computes in float32": not (args.bf16 or args.fp16),
-        "quantized weights": is_quantized(model),
+        "weights that bitsandbytes holds": is_dequantized(model),
         "pure_bf16 rounds gradients at random": settings.finetuning.pure_bf16,
         "blocks are computed again": wants_gradient_checkpointing(args)[0],
         "noise on the embeddings": args.neftune_noise_alpha,
