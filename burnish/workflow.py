@@ -49,7 +49,7 @@ from burnish.model.loader import compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
 from burnish.model.positions import check_positions, warn_of_positions
 from burnish.model.probe import ForwardPath, choose_path, try_out
-from burnish.model.quantized import is_dequantized, is_quantized
+from burnish.model.quantized import is_dequantized
 from burnish.model.recompute import Recompute
 from burnish.model.tokenizer import load_tokenizer
 from burnish.serve.server import open_place, serve

@@ -181,8 +181,8 @@ def _records(run: Run, shape: Shape, rows: Rows) -> bool:
 
 def _need_less(run: Run, shape: Shape, each: Pass, recomputed: int, most: int | None) -> tuple[int | None, int] | None:
     """As Passes does where memory does not suffice: halves, and below EFFICIENT a quarter of the blocks again."""
-    can_be_cut = most is not None and each.tokens > each.longest
-    smaller = max(each.tokens // 2, each.longest) if can_be_cut else None
+    can_be_cut = most is not None and each.real > each.longest
+    smaller = max(each.real // 2, each.longest) if can_be_cut else None
     if smaller is None or smaller < EFFICIENT:
         if run.recompute is None and not run.held.stage and recomputed < shape.layers:
             return most, min(shape.layers, recomputed - (-shape.layers // 4))
@@ -302,7 +302,7 @@ def _dtype(settings: Settings) -> torch.dtype:
 
 def _may_record(settings: Settings, dtype: torch.dtype, stage: int, padded: bool) -> bool | None:
     """What `cuda_graphs` says, where nothing that training would name stands against it."""
-    names = ("quantization_bit", "base_dtype", "pure_bf16", "gradient_checkpointing", "neftune_noise_alpha")
+    names = ("quantization_bit", "pure_bf16", "gradient_checkpointing", "neftune_noise_alpha")
     against = [settings.value(name) for name in (*names, "lora_dropout", "full_determinism")]
     return False if dtype.itemsize > 2 or stage or padded or any(against) else settings.value("cuda_graphs")
 
