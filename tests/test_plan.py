@@ -271,6 +271,14 @@ def test_memory_that_is_short_makes_passes_smaller_as_training_does(tmp_path, ba
     assert tight["tokens_per_step"] == roomy["tokens_per_step"]
 
 
+def test_passes_that_are_filled_up_end_in_a_plan_too(tmp_path, base, capsys):
+    """Rows of a few tokens, passes of 512: halving them below their longest row leads nowhere."""
+    shape = WIDE | {"head_dim": 128, "vocab_size": 150_000, "num_hidden_layers": 10}
+    words = [f"model_name_or_path={write_config(tmp_path / 'model', **shape)}", *base, "cutoff_len=40"]
+    status, plan = planned([*words, "finetuning_type=full", "cuda_graphs=true", "--device", "l4"], capsys)
+    assert status == 1 and plan["pass_tokens"] == 512 and not plan["recorded_as_cuda_graphs"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -25,7 +25,7 @@ from burnish.train.plan_steps import Pass
 # What is reached on an H100 (benchmarks/gpu/results, torch 2.11): shares of the data sheet's figures.
 PRODUCTS = 0.74  # ledger-*: 7B LoRA 232 TFLOP of frozen matrices in 317 ms, 1.5B full 151 in 209
 FP8 = 1.4  # of bf16's figure; alone, at these shapes, 1,390 to 1,490 TFLOP/s. Not measured in a run
-ATTENTION = 0.31  # FlashAttention-2: 3.9 TFLOP, tiles included, in the 13 of 21 ms that bytes do not take (ledger-lora-7b-packed)
+ATTENTION = 0.31  # FlashAttention-2: 3.9 TFLOP in 13 of 21 ms, the rest is bytes (ledger-lora-7b-packed)
 STREAMING = 0.78  # of the bandwidth: AdamW's 46 bytes a weight in 27 ms (ledger-full-1.5b-packed)
 SWIGLU = (
     0.59  # of the bandwidth, with adapters inside: 8 × 18,944 × 28 numbers a token in 35 ms (ledger-lora-7b-packed)
