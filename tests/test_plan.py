@@ -198,9 +198,10 @@ def test_weights_and_what_trains_them_are_counted_as_they_are_held(tmp_path):
         real: nn.Module = AutoModelForCausalLM.from_config(config)
     count = sum(weight.numel() for weight in real.parameters())
     parts = most_memory(shape, Held("adamw_torch"), Pass(16, 16, 256.0, 16), recomputed=0, passes=1).parts
-    assert (parts["weights"], parts["float32 masters"], parts["optimizer state"]) == (2 * count, 4 * count, 8 * count)
+    assert (parts["float32 masters"], parts["optimizer state"]) == (4 * count, 8 * count)
+    assert parts["weights"] == pytest.approx(2 * count, rel=1e-5)  # and a few frequencies
     divided = most_memory(shape, Held("adamw_torch", stage=3, ranks=4), Pass(16, 16, 256.0, 16), recomputed=0, passes=1)
-    assert divided.parts["optimizer state"] == 2 * count and divided.parts["weights"] == count / 2
+    assert divided.parts["optimizer state"] == 2 * count and divided.parts["weights"] == parts["weights"] / 4
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def test_memory_that_is_short_makes_passes_smaller_as_training_does(tmp_path, ba
 
 def test_passes_that_are_filled_up_end_in_a_plan_too(tmp_path, base, capsys):
     """Rows of a few tokens, passes of 512: halving them below their longest row leads nowhere."""
-    shape = WIDE | {"head_dim": 128, "vocab_size": 150_000, "num_hidden_layers": 10}
+    shape = WIDE | {"head_dim": 128, "vocab_size": 150_000, "num_hidden_layers": 24}
     words = [f"model_name_or_path={write_config(tmp_path / 'model', **shape)}", *base, "cutoff_len=40"]
     status, plan = planned([*words, "finetuning_type=full", "cuda_graphs=true", "--device", "l4"], capsys)
     assert status == 1 and plan["pass_tokens"] == 512 and not plan["recorded_as_cuda_graphs"]
