@@ -25,6 +25,7 @@ burnish tunes open-weight language models and talks with them.
 
   burnish train CONFIG.yaml     tune a model on your data
   burnish preview CONFIG.yaml   see your data as the model will, token by token
+  burnish plan CONFIG.yaml      what it needs: memory, time, and whether it fits
   burnish chat CONFIG.yaml      talk with it, or with any model
   burnish api CONFIG.yaml       serve it as the OpenAI API does
   burnish export CONFIG.yaml    write model and adapters as one whole model
@@ -40,11 +41,6 @@ command line wins:
 `burnish train --help`, and so for each command, lists every setting. A mistake
 is told with its place, its value and what to do, before anything is loaded.
 """
-
-NOT_BUILT = {
-    "plan": "start with per_device_train_batch_size: 1 and see what fits",
-}
-
 
 SECONDS_FOR_THE_MAIN = 10
 
@@ -82,11 +78,9 @@ def _run(words: list[str]) -> int:
 
 
 def _no_command(word: str) -> Problem:
-    if word in NOT_BUILT:
-        return Problem(f"burnish {word}", "", None, "is not built yet", NOT_BUILT[word])
     if word.endswith((".yaml", ".yml", ".json")):
         return Problem("burnish", "", word, "is not a command", f"did you mean `burnish train {word}`?")
-    near = get_close_matches(word, [*COMMANDS, *NOT_BUILT], n=1)
+    near = get_close_matches(word, COMMANDS, n=1)
     remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
     return Problem("burnish", "", word, "is not a command", remedy)
 
@@ -207,6 +201,21 @@ def preview_options(words: Sequence[str]) -> tuple[PreviewOptions, list[str], li
     return PreviewOptions(page, int(rows) if rows and not mistakes else None), rest, mistakes
 
 
+def plan(words: list[str]) -> None:
+    from burnish.train.plan_options import HELP as PLAN_HELP
+    from burnish.train.plan_options import plan_options
+
+    if _asks_for_help("train", words, PLAN_HELP):
+        return
+    options, rest, mistakes = plan_options(words)
+    settings = _settings("train", rest, [lambda _: mistakes, wrong_data_sets, wrong_template])
+    if not options.as_json:
+        _tell_translated(settings)
+    from burnish.workflow import run_plan
+
+    run_plan(settings, options)
+
+
 def env(words: list[str]) -> None:
     _takes_nothing("env", words)
     from burnish.environment import describe
@@ -223,7 +232,8 @@ def version(words: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "preview": preview, "chat": chat, "api": api, "export": export, "env": env, "version": version
+    "train": train, "preview": preview, "plan": plan, "chat": chat, "api": api, "export": export,
+    "env": env, "version": version,
 }  # fmt: skip
 
 

@@ -6,9 +6,12 @@ objective and batches, the terminal an engine. This file is where they meet.
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from burnish import console, ranks
 from burnish.arguments.parse import for_inference
 from burnish.arguments.settings import Settings
 from burnish.chat.template import ChatTemplate, load_template
+from burnish.data.arguments import DataArguments
 from burnish.data.hub import Hub
 from burnish.data.loader import make_collate
 from burnish.data.packing import pack
@@ -56,6 +60,11 @@ from burnish.train.distributed import stage_of, together
 from burnish.train.logs import LogCallback, ProgressCallback, save_metrics
 from burnish.train.passes import AUTO
 from burnish.train.peers import Peers
+from burnish.train.plan import Run, make_plan
+from burnish.train.plan_devices import DEFAULT, device_here, find_device
+from burnish.train.plan_options import PlanOptions
+from burnish.train.plan_rows import lengths_of
+from burnish.train.plan_text import plan_as_json, plan_lines
 from burnish.train.plot import plot_loss
 from burnish.train.start import decide_start
 from burnish.train.trainer import Trainer
@@ -136,6 +145,27 @@ def run_preview(settings: Settings, *, page: Path | None = None, rows: int | Non
         console.say(f"\npage: {page}")
     if looked.refused:
         raise RunStopped("\n".join(["training would refuse this data:", *looked.refused]), 1)
+
+
+def run_plan(settings: Settings, options: PlanOptions) -> None:
+    """`burnish plan`: what a run would need, printed. Raises RunStopped with status 1 where it does not fit."""
+
+    def get(data: DataArguments) -> Datasets:
+        stage, seeds = settings.finetuning.stage, {"seed": settings.value("seed")}
+        tokenizer = load_tokenizer(settings.model)
+        template = _load_template(settings, tokenizer) if stage == "sft" else None
+        return get_dataset(data, stage, tokenizer, template, **seeds)
+
+    transformers_logging.disable_progress_bar()
+    here = None if options.device else device_here()
+    device = here or find_device(options.device or DEFAULT)
+    ranks = options.devices or (torch.cuda.device_count() if here else 1)
+    with redirect_stdout(io.StringIO()):  # what building a model has to say
+        plan = make_plan(Run.of(settings, ranks), lengths_of(settings, get), device)
+    for line in [json.dumps(plan_as_json(plan), indent=1)] if options.as_json else plan_lines(plan):
+        console.say(line)
+    if not plan.fits:
+        raise RunStopped("the run does not fit", 1)
 
 
 def run_chat(settings: Settings) -> None:

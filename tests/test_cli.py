@@ -52,19 +52,13 @@ def test_the_help_of_a_command_shows_what_it_reads(command: str, capsys: pytest.
     assert {name for name in known_fields() if f"--{name} " in text} == used_by(command)
 
 
-@pytest.mark.parametrize("command", sorted(cli.NOT_BUILT))
-def test_a_command_that_is_not_built_is_refused_by_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([command, "run.yaml"]) == 2
-    assert capsys.readouterr().err.startswith(f"burnish {command}: is not built yet; ")
-
-
 @pytest.mark.parametrize(
     ("word", "remedy"),
     [
         ("trian", "did you mean 'train'?"),
         ("exprt", "did you mean 'export'?"),
         ("run.yaml", "did you mean `burnish train run.yaml`?"),
-        ("xyzzy", "choose one of train, preview, chat, api, export, env, version"),
+        ("xyzzy", "choose one of train, preview, plan, chat, api, export, env, version"),
     ],
 )
 def test_a_misspelt_command_is_told(word: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,157 @@
+"""What `burnish plan` predicts beside what is measured: peak memory and tokens per second, run by run.
+
+    python benchmarks/gpu/plan.py --tokenizer FOLDER --out results/plan.json
+    python benchmarks/gpu/plan.py --tokenizer FOLDER --run lora-7b-r64 --run freeze-7b --out FILE.json
+
+Every plan is made before anything is trained; then each run is trained as sft.py does it. Results are written after
+each run: a JSON list, and beside it a Markdown table (FILE.md). All of them take about eight minutes on an H100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import sft
+import torch
+from work import make_model, make_rows
+
+FULL = sft.BASE | sft.PACKED | {"finetuning_type": "full", "learning_rate": 1e-5}
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    # what the plan's shares were measured on
+    "lora-7b-packed": sft.RUNS["lora-7b-packed"],
+    "lora-7b-default": sft.RUNS["lora-7b-default"],
+    "full-1.5b-packed": sft.RUNS["full-1.5b-packed"],
+    "lora-0.5b-default": sft.RUNS["lora-0.5b-default"],
+    # what they were not
+    "lora-7b-r64": ("7b", sft.LORA | sft.PACKED | {"lora_rank": 64}),
+    "lora-7b-packed-4096": ("7b", sft.LORA | sft.PACKED | {"cutoff_len": 4096}),
+    "lora-7b-packed-16384": ("7b", sft.LORA | sft.PACKED | {"cutoff_len": 16384}),
+    "lora-7b-checkpointing": ("7b", sft.LORA | sft.PACKED | {"gradient_checkpointing": True}),
+    "freeze-7b": ("7b", sft.BASE | sft.PACKED | {"finetuning_type": "freeze", "learning_rate": 1e-5}),
+    "lora-1.5b-packed": ("1.5b", sft.LORA | sft.PACKED),
+    "full-0.5b-packed": ("0.5b", FULL),
+    "full-0.5b-default": ("0.5b", sft.BASE | sft.DEFAULT | {"finetuning_type": "full", "learning_rate": 1e-5}),
+}
+STEPS = 10  # timed, after sft.NOT_TIMED
+SECONDS = 120  # after which a run is given up
+
+
+def words_of(name: str, args: argparse.Namespace, output: str) -> list[str]:
+    """The command that sft.py makes of a run."""
+    shape, settings = RUNS[name]
+    folder = Path(args.folder)
+    own = {
+        "model_name_or_path": folder / shape, "dataset": folder / "rows.json", "output_dir": output,
+        "max_steps": args.steps + sft.NOT_TIMED,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in (settings | own).items()] + args.set
+
+
+def predict(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as output:
+        command = [sys.executable, "-m", "burnish", "plan", *words_of(name, args, output), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{name}: no plan\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def train_alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """In this process, which ends afterwards."""
+    sft.RUNS.update(RUNS)
+    measured = sft.run(name, args)
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    return measured | {
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "beside_gib": round((total - free - reserved) / 2**30, 2),  # the context, and whoever else is there
+    }
+
+
+def train(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    command = [sys.executable, __file__, "--alone", "--run", name, "--steps", str(args.steps), "--folder", args.folder]
+    command += ["--tokenizer", args.tokenizer, "--out", args.out, *(w for s in args.set for w in ("--set", s))]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"{name}: given up after {SECONDS} s", flush=True)
+        return None
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        print(f"{name}: no result\n{done.stdout[-3000:]}", flush=True)
+        return None
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def compare(name: str, plan: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """Errors are (predicted - measured) / measured."""
+    speed, real_speed = plan["tokens_per_second"], measured["tokens_per_second"]
+    return {
+        "name": name,
+        "peak_gib": {"predicted": round(plan["peak_gib"], 2), "measured": measured["peak_gib"]},
+        "memory_error": round(plan["peak_gib"] / measured["peak_gib"] - 1, 4),
+        "tokens_per_second": {"predicted": speed, "measured": real_speed},
+        "speed_error": None if speed is None else round(speed / real_speed - 1, 4),
+        "plan": plan,
+        "measured": measured,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    rows = ["| run | peak, predicted | measured | error | tokens/s, predicted | measured | error |", "|---" * 7 + "|"]
+    for each in results:
+        memory, speed = each["peak_gib"], each["tokens_per_second"]
+        known = speed["predicted"] is not None
+        rows.append(
+            f"| {each['name']} | {memory['predicted']:.1f} GiB | {memory['measured']:.1f} GiB "
+            f"| {each['memory_error']:+.1%} | {speed['predicted'] if known else 0:,} | {speed['measured']:,} "
+            f"| {each['speed_error'] if known else 0:+.1%} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json of at most 151,900 tokens")
+    parser.add_argument("--run", action="append", choices=RUNS, help="not given: all of them")
+    parser.add_argument("--steps", type=int, default=STEPS, help="timed steps")
+    parser.add_argument("--folder", default="/tmp/burnish-work", help="where models and rows are made")
+    parser.add_argument("--set", action="append", default=[], help="a setting more, as key=value")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one run, in a process of its own
+    args = parser.parse_args()
+    names = args.run or list(RUNS)
+    if args.alone:
+        print("RESULT " + json.dumps(train_alone(names[0], args)))
+        return
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    make_rows(Path(args.tokenizer), folder / "rows.json")
+    for shape in dict.fromkeys(RUNS[name][0] for name in names):
+        make_model(shape, Path(args.tokenizer), folder)
+    torch.cuda.empty_cache()
+    with ThreadPoolExecutor(4) as pool:
+        plans = dict(zip(names, pool.map(lambda name: predict(name, args), names), strict=True))
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    common = {"device": torch.cuda.get_device_name(), "versions": versions, "date": datetime.date.today().isoformat()}
+    results = []
+    for name in names:
+        if (measured := train(name, args)) is None:
+            continue
+        results.append(compare(name, plans[name], measured) | common)
+        print(table(results[-1:]).splitlines()[-1], flush=True)
+        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        Path(args.out).with_suffix(".md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

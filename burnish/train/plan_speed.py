@@ -1,0 +1,169 @@
+"""How long a step takes: its kernels, one by one, on the figures of a device.
+
+    product       the larger of FLOPs ÷ (share reached × data sheet) and bytes ÷ bandwidth
+    all others    bytes ÷ bandwidth; attention its FLOPs besides, which are the squares of documents' lengths
+    a step        what the GPU works, or what the CPU takes to start it all, whichever is more; and its batches
+
+The shares are those of one table, measured once on one device and taken for all others: nothing is fitted to a
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from burnish.kernels.linear_cross_entropy import CUDA_TILE
+from burnish.train.plan_devices import Device
+from burnish.train.plan_kernels import Kernel
+from burnish.train.plan_memory import FLOAT32, Held, gradient_bytes
+from burnish.train.plan_model import Shape
+from burnish.train.plan_steps import Pass
+
+# What is reached on an H100 (benchmarks/gpu/results, torch 2.11): shares of the data sheet's figures.
+PRODUCTS = 0.74  # ledger-*: 7B LoRA 232 TFLOP of frozen matrices in 317 ms, 1.5B full 151 in 209
+FP8 = 1.4  # of bf16's figure; alone, at these shapes, 1,390 to 1,490 TFLOP/s. Not measured in a run
+ATTENTION = 0.31  # FlashAttention-2: 3.9 TFLOP in 13 of 21 ms, the rest is bytes (ledger-lora-7b-packed)
+STREAMING = 0.78  # of the bandwidth: AdamW's 46 bytes a weight in 27 ms (ledger-full-1.5b-packed)
+SWIGLU = (
+    0.59  # of the bandwidth, with adapters inside: 8 × 18,944 × 28 numbers a token in 35 ms (ledger-lora-7b-packed)
+)
+BETWEEN_KERNELS = 0.045  # of a step: its time over the sum of its kernels, in both ledgers
+KERNEL = 2e-6  # seconds that the shortest kernel takes
+LAUNCH = 53e-6  # seconds of the CPU for each kernel, Python included (sft.json, lora-0.5b-packed)
+OF_A_GRADIENT = 3  # launches more for each trained tensor and pass: cast, added, noted
+BATCH = 12e-3  # seconds between steps for each batch of one, in which the GPU waits (sft.json, *-default and *-packed)
+NOT_FUSED = 4  # kernels that a block as it is written takes for one of the compiler's. Not measured
+LINK = 0.7  # of a link between devices. Not measured
+AROUND = 60  # launches of an optimizer step, its norm and its log
+TILE = 128  # tokens: attention computes whole tiles
+
+# Bytes that move for a trained weight in a step, its gradient apart, which is read twice: for the norm and to move it.
+ONE_PASS = 3 * 8 + 2  # kernels/adamw.py: master and two moments read and written, the model's weight written
+ONE_BY_ONE = ONE_PASS + 8 + 4  # other optimizers: gradients are clipped first, weights rounded last
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one device, in FLOP and bytes a second."""
+
+    products: float
+    fp8: float
+    attention: float
+    bandwidth: float
+    link: float
+
+    @classmethod
+    def of(cls, device: Device, dtype: torch.dtype) -> Rates:
+        assert device.bf16_tflops is not None
+        sheet = (device.bf16_tflops if dtype.itemsize == 2 else device.float32_tflops) * 1e12
+        fp8 = FP8 * sheet if device.fp8 and dtype.itemsize == 2 else PRODUCTS * sheet
+        return cls(PRODUCTS * sheet, fp8, ATTENTION * sheet, device.bandwidth * 1e12, LINK * device.link * 1e9)
+
+    def moving(self, bytes_: float, share: float = STREAMING) -> float:
+        return bytes_ / (share * self.bandwidth)
+
+
+@dataclass
+class Time:
+    """Seconds by what takes them. `cpu` runs beside the parts, `waiting` beside nothing."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    cpu: float = 0.0
+    waiting: float = 0.0  # for batches, and for other devices
+    idle: float = 0.0  # of a mean step beyond these means
+
+    def add(self, name: str, seconds: float, kernels: int = 1) -> None:
+        self.parts[name] = self.parts.get(name, 0.0) + seconds
+        self.cpu += kernels * LAUNCH
+
+    @property
+    def gpu(self) -> float:
+        return sum(self.parts.values()) * (1 + BETWEEN_KERNELS)
+
+    @property
+    def seconds(self) -> float:
+        return max(self.gpu, self.cpu) + self.waiting + self.idle
+
+
+def time_of_step(
+    shape: Shape,
+    held: Held,
+    rates: Rates,
+    passes: Sequence[Pass],
+    *,
+    recomputed: int,
+    trained_share: float,
+    batches: int,
+) -> Time:
+    """One optimizer step of one process."""
+    time = Time(waiting=batches * BATCH)
+    for each in passes:
+        for number, block in enumerate(shape.measured.blocks):
+            for kernel in block.forward.kernels * (2 if number < recomputed else 1):
+                _add_kernel(time, kernel, each, rates, backward=False, fused=block.fused)
+            for kernel in block.backward.kernels:
+                _add_kernel(time, kernel, each, rates, backward=True, fused=block.fused)
+        _add_head(time, shape, each, rates, trained_share)
+        _add_gradients(time, shape, held, rates, len(passes))
+        again = 1 + recomputed / max(shape.layers, 1)
+        time.add("dequantizing", rates.moving((1 + again) * shape.dequantized), kernels=0)
+    if held.recorded:  # the CPU starts one list of kernels, and what stands around it
+        time.cpu = LAUNCH * (AROUND + 30 * len(passes))
+    gradient = gradient_bytes(shape, held, passes=len(passes))
+    one_pass = held.optim in ("adamw_torch", "adamw_torch_fused") and not held.stage
+    moved = (ONE_PASS if one_pass else ONE_BY_ONE) + 2 * gradient
+    time.add("optimizer", rates.moving(moved * shape.trained * held.divided(1)), kernels=AROUND)
+    _add_exchange(time, shape, held, rates, len(passes))
+    return time
+
+
+def _add_kernel(time: Time, kernel: Kernel, each: Pass, rates: Rates, *, backward: bool, fused: bool) -> None:
+    moved = kernel.moved.at(each.tokens)
+    if kernel.kind in ("product", "product in fp8"):
+        rate = rates.products if kernel.kind == "product" else rates.fp8
+        seconds = max(kernel.flops * each.tokens / rate, rates.moving(moved))
+        time.add("matrix products", max(seconds, KERNEL))
+    elif kernel.kind == "attention":
+        pairs = (each.squares + TILE * each.tokens) / 2
+        flops = 4 * kernel.width * pairs * (2.5 if backward else 1.0)
+        sums = 12.0 * kernel.width * each.tokens if backward else 0.0  # ∂q in float32: added to, and read once more
+        time.add("attention", flops / rates.attention + rates.moving(moved + sums), kernels=3 if backward else 1)
+    else:
+        share, times = SWIGLU if kernel.kind == "swiglu" else STREAMING, 1 if fused else NOT_FUSED
+        time.add("element-wise", times * max(rates.moving(moved, share), KERNEL), kernels=times)
+
+
+def _add_head(time: Time, shape: Shape, each: Pass, rates: Rates, trained_share: float) -> None:
+    """Products forward, to the input, and to the weight where it is trained; a tile's softmax reads twice."""
+    tokens, matrix = each.real * trained_share, shape.vocabulary * shape.width
+    tiles = max(1, -(-int(tokens) // CUDA_TILE))
+    products = 3 if shape.trains_head else 2
+    time.add("head", products * 2 * tokens * matrix / rates.products, kernels=products * tiles)
+    time.add("head", rates.moving(3 * tokens * shape.vocabulary * shape.dtype.itemsize), kernels=tiles)
+    if shape.trains_head:  # each tile's gradient is added in float32; then scaled and rounded
+        time.add("head", rates.moving(matrix * (8 * tiles + 6)), kernels=tiles)
+    if shape.trains_embedding:
+        time.add("element-wise", rates.moving(matrix * 3 * shape.dtype.itemsize), kernels=4)
+    norm = 4 * (shape.measured.outside.at(each.tokens) + shape.measured.hidden.at(each.tokens))
+    time.add("element-wise", rates.moving(norm), kernels=20)
+
+
+def _add_gradients(time: Time, shape: Shape, held: Held, rates: Rates, passes: int) -> None:
+    """Where a step has several passes each is added to a float32 sum; of one alone nothing moves."""
+    launches = OF_A_GRADIENT * (shape.outside.tensors + sum(block.tensors for block in shape.blocks))
+    sums = gradient_bytes(shape, held, passes=passes) > shape.dtype.itemsize
+    time.add("gradients", rates.moving((2 + 8) * shape.trained if sums else 0.0), kernels=launches)
+
+
+def _add_exchange(time: Time, shape: Shape, held: Held, rates: Rates, passes: int) -> None:
+    """Gradients added up over the devices; under ZeRO-3 weights are gathered for each pass forward and backward too."""
+    if held.ranks == 1:
+        return
+    others = (held.ranks - 1) / held.ranks
+    bytes_ = 2 * others * FLOAT32 * shape.trained
+    if held.stage == 3:
+        bytes_ += 2 * passes * others * shape.held
+    time.waiting += bytes_ / rates.link
