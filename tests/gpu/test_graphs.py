@@ -104,6 +104,7 @@ def test_a_recorded_run_is_the_unrecorded_one_bit_for_bit(method, dtype, tmp_pat
 def test_compiled_blocks_are_recorded_too_and_not_compiled_again(method, tmp_path, capsys):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    torch._logging.set_logs(recompiles=True)  # a failure then shows why
     model = model_of(method, compiled=True)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     losses, _, count = a_run(tmp_path / "recorded", model)
