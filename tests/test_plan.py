@@ -20,13 +20,13 @@ from burnish.data.loader import collate
 from burnish.model.arguments import ModelArguments
 from burnish.model.head import decoder_of, unwrap
 from burnish.model.probe import packed_inputs
+from burnish.plan.block import STAND_IN, Measured, measure, register
+from burnish.plan.memory import MOMENTS, Held, most_memory
+from burnish.plan.model import Asked, Shape, shape_of_model
+from burnish.plan.options import plan_options
+from burnish.plan.steps import Pass, passes_of
 from burnish.train.optimizer import OPTIMIZERS
 from burnish.train.passes import cut
-from burnish.train.plan_block import STAND_IN, Measured, measure, register
-from burnish.train.plan_memory import MOMENTS, Held, most_memory
-from burnish.train.plan_model import Asked, Shape, shape_of_model
-from burnish.train.plan_options import plan_options
-from burnish.train.plan_steps import Pass, passes_of
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import find_blocks

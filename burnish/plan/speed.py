@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 
 from burnish.kernels.linear_cross_entropy import CUDA_TILE
-from burnish.train.plan_devices import Device
-from burnish.train.plan_kernels import Kernel
-from burnish.train.plan_memory import FLOAT32, Held, gradient_bytes
-from burnish.train.plan_model import Shape
-from burnish.train.plan_steps import Pass
+from burnish.plan.devices import Device
+from burnish.plan.kernels import Kernel
+from burnish.plan.memory import FLOAT32, Held, gradient_bytes
+from burnish.plan.model import Shape
+from burnish.plan.steps import Pass
 
 # What is reached on an H100 (benchmarks/gpu/results, torch 2.11): shares of the data sheet's figures.
 PRODUCTS = 0.74  # ledger-*: 7B LoRA 232 TFLOP of frozen matrices in 317 ms, 1.5B full 151 in 209
