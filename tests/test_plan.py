@@ -272,6 +272,17 @@ def test_memory_that_is_short_makes_passes_smaller_as_training_does(tmp_path, ba
     assert tight["tokens_per_step"] == roomy["tokens_per_step"]
 
 
+def test_a_recorded_step_waits_for_no_batches_and_asks_little_of_the_cpu(tmp_path, base, capsys):
+    words = [f"model_name_or_path={write_config(tmp_path / 'model', **WIDE)}", *base, "--device", "h100"]
+    words += ["gradient_accumulation_steps=4", "per_device_train_batch_size=1"]
+    recorded, launched = (planned([*words, f"cuda_graphs={how}"], capsys)[1] for how in ("true", "false"))
+    assert recorded["recorded_as_cuda_graphs"] and not launched["recorded_as_cuda_graphs"]
+    assert recorded["cpu_ms"] < launched["cpu_ms"]
+    assert recorded["step_ms"] < launched["step_ms"] - 4 * 10  # four batches, 12 ms each
+    assert recorded["time_ms"]["between recorded kernels"] > 0 and "between recorded kernels" not in launched["time_ms"]
+    assert recorded["memory_gib"]["recorded hidden states"] > 0
+
+
 def test_passes_that_are_filled_up_end_in_a_plan_too(tmp_path, base, capsys):
     """Rows of a few tokens, passes of 512: halving them below their longest row leads nowhere."""
     shape = WIDE | {"head_dim": 128, "vocab_size": 150_000, "num_hidden_layers": 24}

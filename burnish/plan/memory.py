@@ -74,7 +74,10 @@ def most_memory(shape: Shape, held: Held, each: Pass, *, recomputed: int, passes
     stays = _what_stays(shape, held)
     moments = _Moments(shape, held, each, recomputed, after_another=passes > 1)
     name, rest = max(moments.all(), key=lambda moment: sum(moment[1].values()))
-    own = rest.get("activations", 0.0) if held.recorded else 0.0
+    own = 0.0
+    if held.recorded:  # beside them stand hidden states and their gradient, which recordings share (model/graphs.py)
+        own = rest.get("activations", 0.0)
+        stays["recorded hidden states"] = 2 * shape.measured.hidden.at(each.tokens)
     return Memory({**stays, **{part: size for part, size in rest.items() if size}}, name, own)
 
 
