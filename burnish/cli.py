@@ -202,8 +202,8 @@ def preview_options(words: Sequence[str]) -> tuple[PreviewOptions, list[str], li
 
 
 def plan(words: list[str]) -> None:
-    from burnish.train.plan_options import HELP as PLAN_HELP
-    from burnish.train.plan_options import plan_options
+    from burnish.plan.options import HELP as PLAN_HELP
+    from burnish.plan.options import plan_options
 
     if _asks_for_help("train", words, PLAN_HELP):
         return

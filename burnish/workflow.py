@@ -52,6 +52,12 @@ from burnish.model.probe import ForwardPath, choose_path, try_out
 from burnish.model.quantized import is_dequantized
 from burnish.model.recompute import Recompute
 from burnish.model.tokenizer import load_tokenizer
+from burnish.plan.devices import DEFAULT, device_here, find_device
+from burnish.plan.make import make_plan
+from burnish.plan.options import PlanOptions
+from burnish.plan.rows import lengths_of
+from burnish.plan.run import Run
+from burnish.plan.text import plan_as_json, plan_lines
 from burnish.serve.server import open_place, serve
 from burnish.serve.terminal import chat_loop
 from burnish.train import checkpoint
@@ -60,11 +66,6 @@ from burnish.train.distributed import stage_of, together
 from burnish.train.logs import LogCallback, ProgressCallback, save_metrics
 from burnish.train.passes import AUTO
 from burnish.train.peers import Peers
-from burnish.train.plan import Run, make_plan
-from burnish.train.plan_devices import DEFAULT, device_here, find_device
-from burnish.train.plan_options import PlanOptions
-from burnish.train.plan_rows import lengths_of
-from burnish.train.plan_text import plan_as_json, plan_lines
 from burnish.train.plot import plot_loss
 from burnish.train.start import decide_start
 from burnish.train.trainer import Trainer

@@ -20,13 +20,13 @@ from burnish.data.loader import collate
 from burnish.model.arguments import ModelArguments
 from burnish.model.head import decoder_of, unwrap
 from burnish.model.probe import packed_inputs
+from burnish.plan.block import STAND_IN, Measured, measure, register
+from burnish.plan.memory import MOMENTS, Held, most_memory
+from burnish.plan.model import Asked, Shape, shape_of_model
+from burnish.plan.options import plan_options
+from burnish.plan.steps import Pass, passes_of
 from burnish.train.optimizer import OPTIMIZERS
 from burnish.train.passes import cut
-from burnish.train.plan_block import STAND_IN, Measured, measure, register
-from burnish.train.plan_memory import MOMENTS, Held, most_memory
-from burnish.train.plan_model import Asked, Shape, shape_of_model
-from burnish.train.plan_options import plan_options
-from burnish.train.plan_steps import Pass, passes_of
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import find_blocks
@@ -270,6 +270,17 @@ def test_memory_that_is_short_makes_passes_smaller_as_training_does(tmp_path, ba
     assert tight["fits"] and (tight["pass_tokens"] < 16_384 or tight["recomputed_blocks"])
     assert tight["needed_gib"] <= tight["device"]["memory_gib"]
     assert tight["tokens_per_step"] == roomy["tokens_per_step"]
+
+
+def test_a_recorded_step_waits_for_no_batches_and_asks_little_of_the_cpu(tmp_path, base, capsys):
+    words = [f"model_name_or_path={write_config(tmp_path / 'model', **WIDE)}", *base, "--device", "h100"]
+    words += ["gradient_accumulation_steps=4", "per_device_train_batch_size=1"]
+    recorded, launched = (planned([*words, f"cuda_graphs={how}"], capsys)[1] for how in ("true", "false"))
+    assert recorded["recorded_as_cuda_graphs"] and not launched["recorded_as_cuda_graphs"]
+    assert recorded["cpu_ms"] < launched["cpu_ms"]
+    assert recorded["step_ms"] < launched["step_ms"] - 4 * 10  # four batches, 12 ms each
+    assert recorded["time_ms"]["between recorded kernels"] > 0 and "between recorded kernels" not in launched["time_ms"]
+    assert recorded["memory_gib"]["recorded hidden states"] > 0
 
 
 def test_passes_that_are_filled_up_end_in_a_plan_too(tmp_path, base, capsys):

@@ -2,9 +2,13 @@
 
     python benchmarks/gpu/plan.py --tokenizer FOLDER --out results/plan.json
     python benchmarks/gpu/plan.py --tokenizer FOLDER --run lora-7b-r64 --run freeze-7b --out FILE.json
+    python benchmarks/gpu/plan.py --tokenizer FOLDER --smollm2 FOLDER --measured results/sft.json --out FILE.json
 
 Every plan is made before anything is trained; then each run is trained as sft.py does it. Results are written after
 each run: a JSON list, and beside it a Markdown table (FILE.md). All of them take about eight minutes on an H100.
+
+With --measured nothing is trained: the plans stand beside the runs of burnish in a result file of sft.py (the median of
+its steps), each planned from the command in that file. That needs no GPU, no weights and about three minutes.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +27,8 @@ from typing import Any
 
 import sft
 import torch
-from work import make_model, make_rows
+from transformers import Qwen2Config
+from work import SHAPES, make_model, make_rows
 
 FULL = sft.BASE | sft.PACKED | {"finetuning_type": "full", "learning_rate": 1e-5}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,8 +64,12 @@ def words_of(name: str, args: argparse.Namespace, output: str) -> list[str]:
 
 def predict(name: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, "-m", "burnish", "plan", *words_of(name, args, output), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return plan_of(name, words_of(name, args, output))
+
+
+def plan_of(name: str, words: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "burnish", "plan", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{name}: no plan\n{done.stderr}")
     return json.loads(done.stdout)
@@ -106,6 +116,66 @@ def compare(name: str, plan: dict[str, Any], measured: dict[str, Any]) -> dict[s
     }
 
 
+# ---- beside what was measured before ---------------------------------------------------------------------------------
+
+DEVICES = {"NVIDIA H100 80GB HBM3": "h100"}  # torch's names of devices: plan's
+CALIBRATED_ON = {  # what the figures of burnish/plan/speed.py and memory.py were read off or chosen after
+    "lora-7b-packed": ["speed", "memory"],
+    "lora-7b-default": ["speed", "memory"],
+    "full-1.5b-packed": ["speed", "memory"],
+    "lora-0.5b-packed": ["speed", "memory"],
+    "lora-0.5b-default": ["memory"],
+}
+
+
+def compare_with(file: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    runs = [each for each in json.loads(file.read_text()) if each["name"] in sft.RUNS]  # and no peer's
+    runs = [each for each in runs if not args.run or each["name"] in args.run]
+    with ThreadPoolExecutor(2) as pool:
+        plans = list(pool.map(lambda each: plan_of(each["name"], words_of_measured(each, args)), runs))
+    results = []
+    for run, plan in zip(runs, plans, strict=True):
+        known = compare(run["name"], plan, run | {"tokens_per_second": run["median_of_steps"]})
+        del known["measured"]
+        results.append(
+            known
+            | {"calibrated_on_it": CALIBRATED_ON.get(run["name"], []), "command": "burnish plan " + plan_words(run)}
+            | {"measured_in": file.name, **{key: run[key] for key in ("device", "date", "versions")}}
+            | {"planned": datetime.date.today().isoformat(), "planned_with": sft.versions_of("torch", "transformers")}
+        )
+    return results
+
+
+def plan_words(run: dict[str, Any]) -> str:
+    return f"{run['command'].removeprefix('burnish train ')} --device {DEVICES[run['device']]}"
+
+
+def words_of_measured(run: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Its command, with what sft.py left out of it: the model and the rows, and a folder for the output."""
+    folder, shape = Path(args.folder), sft.RUNS[run["name"]][0]
+    real = shape == "smollm2"
+    model = Path(args.smollm2) if real else folder / f"{shape}-without-weights"
+    rows = folder / ("rows-smollm2.json" if real else "rows.json")
+    own = {"model_name_or_path": model, "dataset": rows, "output_dir": folder / "none"}
+    return [*plan_words(run).split(), *(f"{key}={value}" for key, value in own.items()), *args.set]
+
+
+def make_without_weights(file: Path, args: argparse.Namespace) -> None:
+    """config.json and the tokenizer of each shape, and the rows."""
+    folder, tokenizer = Path(args.folder), Path(args.tokenizer)
+    shapes = {sft.RUNS[each["name"]][0] for each in json.loads(file.read_text()) if each["name"] in sft.RUNS}
+    if "smollm2" in shapes and not args.smollm2:
+        raise SystemExit("one of the runs needs --smollm2 FOLDER")
+    make_rows(tokenizer, folder / "rows.json")
+    for shape in shapes - {"smollm2"}:
+        place = folder / f"{shape}-without-weights"
+        Qwen2Config(**SHAPES[shape], max_position_embeddings=32768).save_pretrained(place)
+        for each in tokenizer.glob("tokenizer*.json"):
+            shutil.copyfile(each, place / each.name)
+    if "smollm2" in shapes:
+        make_rows(Path(args.smollm2), folder / "rows-smollm2.json")
+
+
 def table(results: list[dict[str, Any]]) -> str:
     rows = ["| run | peak, predicted | measured | error | tokens/s, predicted | measured | error |", "|---" * 7 + "|"]
     for each in results:
@@ -122,10 +192,14 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json of at most 151,900 tokens")
-    parser.add_argument("--run", action="append", choices=RUNS, help="not given: all of them")
+    parser.add_argument("--run", action="append", choices=RUNS | sft.RUNS, help="not given: all of them")
     parser.add_argument("--steps", type=int, default=STEPS, help="timed steps")
     parser.add_argument("--folder", default="/tmp/burnish-work", help="where models and rows are made")
     parser.add_argument("--set", action="append", default=[], help="a setting more, as key=value")
+    parser.add_argument("--measured", type=Path, help="a result file of sft.py, in the place of training")
+    parser.add_argument(
+        "--smollm2", help="folder of the real SmolLM2-135M-Instruct, for the measured runs of that name"
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one run, in a process of its own
     args = parser.parse_args()
@@ -135,6 +209,12 @@ def main() -> None:
         return
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if args.measured:
+        make_without_weights(args.measured, args)
+        results = compare_with(args.measured, args)
+        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        print(table(results))
+        return
     make_rows(Path(args.tokenizer), folder / "rows.json")
     for shape in dict.fromkeys(RUNS[name][0] for name in names):
         make_model(shape, Path(args.tokenizer), folder)

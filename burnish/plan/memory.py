@@ -1,7 +1,7 @@
 """The most memory of a step, and what takes it.
 
 One idea: follow a step through its moments and take the largest. What stays (weights, float32 masters, moments of the
-optimizer) is known; what blocks keep and hold is measured (plan_block.py); gradients come as the backward pass goes:
+optimizer) is known; what blocks keep and hold is measured (block.py); gradients come as the backward pass goes:
 
     forward   kept of blocks 0..n-1 ────────► head: a tile of logits, gradients of its input and of its weight
     backward  … block n-1 + what it holds, block n-2 …, each leaving the gradients of its weights ──► optimizer
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from burnish.kernels.linear_cross_entropy import CUDA_TILE
-from burnish.train.plan_model import Shape
-from burnish.train.plan_steps import Pass
+from burnish.plan.model import Shape
+from burnish.plan.steps import Pass
 
 GIB = 2.0**30
 FLOAT32 = 4
@@ -74,7 +74,10 @@ def most_memory(shape: Shape, held: Held, each: Pass, *, recomputed: int, passes
     stays = _what_stays(shape, held)
     moments = _Moments(shape, held, each, recomputed, after_another=passes > 1)
     name, rest = max(moments.all(), key=lambda moment: sum(moment[1].values()))
-    own = rest.get("activations", 0.0) if held.recorded else 0.0
+    own = 0.0
+    if held.recorded:  # beside them stand hidden states and their gradient, which recordings share (model/graphs.py)
+        own = rest.get("activations", 0.0)
+        stays["recorded hidden states"] = 2 * shape.measured.hidden.at(each.tokens)
     return Memory({**stays, **{part: size for part, size in rest.items() if size}}, name, own)
 
 

@@ -17,7 +17,7 @@ from burnish.data.catalog import get_dataset_list
 from burnish.data.entry import DatasetAttr, files_of_data
 from burnish.data.store import SampleStore
 from burnish.errors import UserError
-from burnish.train.plan_steps import Rows
+from burnish.plan.steps import Rows
 
 if TYPE_CHECKING:
     from burnish.arguments.settings import Settings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from burnish.train.plan import Plan
-from burnish.train.plan_memory import BETWEEN, CONTEXT, GIB
+from burnish.plan.fit import Plan
+from burnish.plan.memory import BETWEEN, CONTEXT, GIB
 
 WIDTH = 24
 

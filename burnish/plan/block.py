@@ -23,8 +23,8 @@ from torch.nn.attention.varlen import varlen_attn
 from burnish.model.attention import GROUPED
 from burnish.model.head import decoder_of, unwrap
 from burnish.model.probe import packed_inputs
-from burnish.train.plan_graph import Graph
-from burnish.train.plan_kernels import Amount, Kernel, Work
+from burnish.plan.graph import Graph
+from burnish.plan.kernels import Amount, Kernel, Work
 from burnish.tuning.blocks import find_blocks
 
 TOKENS = 2048  # of the pass that is measured; everything grows with them

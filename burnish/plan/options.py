@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from burnish.errors import Problem, UserError
-from burnish.train.plan_devices import DEFAULT, DEVICES, find_device
+from burnish.plan.devices import DEFAULT, DEVICES, find_device
 
 HELP = f"""\
 burnish plan says what `burnish train` would need, before anything is loaded: the

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 import torch
 
 from burnish.kernels.linear_cross_entropy import CUDA_TILE
-from burnish.train.plan_devices import Device
-from burnish.train.plan_kernels import Kernel
-from burnish.train.plan_memory import FLOAT32, Held, gradient_bytes
-from burnish.train.plan_model import Shape
-from burnish.train.plan_steps import Pass
+from burnish.plan.devices import Device
+from burnish.plan.kernels import Kernel
+from burnish.plan.memory import FLOAT32, Held, gradient_bytes
+from burnish.plan.model import Shape
+from burnish.plan.steps import Pass
 
 # What is reached on an H100 (benchmarks/gpu/results, torch 2.11): shares of the data sheet's figures.
 PRODUCTS = 0.74  # ledger-*: 7B LoRA 232 TFLOP of frozen matrices in 317 ms, 1.5B full 151 in 209
-FP8 = 1.4  # of bf16's figure; alone, at these shapes, 1,390 to 1,490 TFLOP/s. Not measured in a run
+FP8 = 1.475  # of bf16's figure: 8,190 × 3,584 × 18,944 at 1,459 TFLOP/s, alone (bf16: 742). Not fitted to a run
 ATTENTION = 0.31  # FlashAttention-2: 3.9 TFLOP in 13 of 21 ms, the rest is bytes (ledger-lora-7b-packed)
 STREAMING = 0.78  # of the bandwidth: AdamW's 46 bytes a weight in 27 ms (ledger-full-1.5b-packed)
 SWIGLU = (
@@ -34,7 +34,13 @@ BETWEEN_KERNELS = 0.045  # of a step: its time over the sum of its kernels, in b
 KERNEL = 2e-6  # seconds that the shortest kernel takes
 LAUNCH = 53e-6  # seconds of the CPU for each kernel, Python included (sft.json, lora-0.5b-packed)
 OF_A_GRADIENT = 3  # launches more for each trained tensor and pass: cast, added, noted
-BATCH = 12e-3  # seconds between steps for each batch of one, in which the GPU waits (sft.json, *-default and *-packed)
+# Seconds between steps for each batch of one, in which the GPU waits (*-default and *-packed, before passes were
+# recorded). Recorded steps have none: their batches go through pinned memory, and the CPU is ahead of the GPU.
+BATCH = 12e-3
+REPLAY = 30  # launches of a recorded pass: its inputs copied, the two lists started. Not measured
+# Seconds more for each launch of a replayed pass: kernels begin and end, and some are launched that are not counted
+# (ledger-lora-7b-packed: 4,262, here 2,969). Read off lora-0.5b-packed alone; no ledger of a replay tells them apart.
+IN_A_GRAPH = 6.3e-6
 NOT_FUSED = 4  # kernels that a block as it is written takes for one of the compiler's. Not measured
 LINK = 0.7  # of a link between devices. Not measured
 AROUND = 60  # launches of an optimizer step, its norm and its log
@@ -99,19 +105,21 @@ def time_of_step(
     batches: int,
 ) -> Time:
     """One optimizer step of one process."""
-    time = Time(waiting=batches * BATCH)
+    time = Time(waiting=0.0 if held.recorded else batches * BATCH)
     for each in passes:
+        before = time.cpu
         for number, block in enumerate(shape.measured.blocks):
             for kernel in block.forward.kernels * (2 if number < recomputed else 1):
                 _add_kernel(time, kernel, each, rates, backward=False, fused=block.fused)
             for kernel in block.backward.kernels:
                 _add_kernel(time, kernel, each, rates, backward=True, fused=block.fused)
-        _add_head(time, shape, each, rates, trained_share)
         _add_gradients(time, shape, held, rates, len(passes))
+        if held.recorded:
+            launches, time.cpu = (time.cpu - before) / LAUNCH, before + REPLAY * LAUNCH
+            time.add("between recorded kernels", launches * IN_A_GRAPH, kernels=0)
+        _add_head(time, shape, each, rates, trained_share)
         again = 1 + recomputed / max(shape.layers, 1)
         time.add("dequantizing", rates.moving((1 + again) * shape.dequantized), kernels=0)
-    if held.recorded:  # the CPU starts one list of kernels, and what stands around it
-        time.cpu = LAUNCH * (AROUND + 30 * len(passes))
     gradient = gradient_bytes(shape, held, passes=len(passes))
     one_pass = held.optim in ("adamw_torch", "adamw_torch_fused") and not held.stage
     moved = (ONE_PASS if one_pass else ONE_BY_ONE) + 2 * gradient

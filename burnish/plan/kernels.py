@@ -141,7 +141,7 @@ def _inside_lora_mlp_backward(args: list[Any]) -> Amount:
 
 
 def _attention(args: list[Any], moved: Amount) -> Iterator[Kernel]:
-    """Its FLOPs depend on the lengths of documents: plan_speed.py knows them."""
+    """Its FLOPs depend on the lengths of documents: speed.py knows them."""
     query = next(each for each in args if getattr(each, "ndim", 0) == 3)
     yield Kernel("attention", 0.0, moved, width=query.shape[-2] * query.shape[-1])
 

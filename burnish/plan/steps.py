@@ -1,7 +1,7 @@
 """How many tokens the steps and passes of a run have, from the lengths of its rows alone.
 
-The order is training's own (`EpochOrder`: the same seed gives the same batches), the cut into passes that of passes.py,
-on lengths in the place of tokens. Where rows were not read, all are as long as cutoff_len allows.
+The order is training's own (`EpochOrder`: the same seed gives the same batches), the cut into passes too
+(train/passes.py), on lengths in the place of tokens. Where rows were not read, all are as long as cutoff_len allows.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def passes_of(step: Step, most_tokens: int | None, *, padded: bool, fills: int =
 
 
 def _cut(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
-    """As passes.cut does it."""
+    """As train/passes.py does it."""
     waiting: list[int] = []
     for length in lengths:
         if waiting and sum(waiting) + length > most_tokens:

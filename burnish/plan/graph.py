@@ -1,7 +1,7 @@
 """What a compiled block computes and holds, read off the graphs that torch's compiler makes of it.
 
-    forward and backward graph  →  kernels: FLOPs and bytes a token     (plan_speed.py makes milliseconds of them)
-                                →  the most bytes alive at one time     (plan_memory.py)
+    forward and backward graph  →  kernels: FLOPs and bytes a token     (speed.py makes milliseconds of them)
+                                →  the most bytes alive at one time     (memory.py)
 
 Every size is `per_token`, or fixed where the number of tokens does not enter. Element-wise work is fused as inductor
 does it: between two matrix products (or attention) it is one kernel, that reads and writes what crosses its border.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from burnish.train.plan_kernels import OPERATORS, Amount, Kernel, Work
+from burnish.plan.kernels import OPERATORS, Amount, Kernel, Work
 
 VIEWS = frozenset(
     {"view", "reshape", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "select",

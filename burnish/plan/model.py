@@ -19,7 +19,7 @@ from burnish.model.arguments import ModelArguments
 from burnish.model.head import unwrap
 from burnish.model.patch import size_of
 from burnish.model.source import ADAPTER_CONFIG, find_folder, find_model, first_line, read_json, runs_own_code
-from burnish.train.plan_block import STAND_IN, Measured, measure, register
+from burnish.plan.block import STAND_IN, Measured, measure, register
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import find_blocks, linear_layers
