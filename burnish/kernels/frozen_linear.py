@@ -12,7 +12,8 @@ A frozen weight is a list of tensors: [W], or in fp8 [Q, s, Qᵗ, sᵗ]
 with a scale σ_m for each row of x and τ_m for each of ∂y, made alike. e4m3 has three bits of mantissa and 448 for its
 largest number (Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433). A scale can only stand outside
 the sum, and the two products sum over different axes: so W is held twice, in 2 bytes a weight as in bf16. Sums are in
-float32. Scales are by row, so a token's numbers do not depend on what stands beside it in a batch.
+float32, on fp8 matrix units in the fewer bits of their fast accumulation. Scales are by row, so a token's numbers do
+not depend on what stands beside it in a batch.
 
 Devices without fp8 matrix units multiply the same rounded numbers in bf16 (CUDA) or float32, where each of them is
 exact.

@@ -149,6 +149,9 @@ def _quantization_problems(settings: Settings) -> Iterator[Problem]:
         if settings.value("pissa_init"):
             message = "takes the weights apart, which quantized ones are not exact enough for"
             yield settings.problem("pissa_init", message, f"leave it out, or leave {name} out")
+        if fp8 and settings.value("use_dora"):
+            message = "scales whole weights, which a base in fp8 does not have"
+            yield settings.problem("use_dora", message, "leave it out, or leave base_dtype out")
         if settings.value("create_new_adapter"):
             message = "merges adapters into weights that are quantized"
             remedy = "export base and adapters into one model with burnish export, and give that as the model"

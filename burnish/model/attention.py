@@ -72,7 +72,7 @@ def packed_attention(
     if _varlen_fits(query, value, dropout):
         attended = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
-        attended = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)
+        attended = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)  # pyright: ignore
     return attended, None
 
 

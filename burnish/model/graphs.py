@@ -194,7 +194,7 @@ class PassGraphs:
 
     def __init__(self, objective: CausalLoss, gradients: Gradients, recorder: Recorder):
         self._objective, self._gradients, self._recorder = objective, gradients, recorder
-        self._weights = list(objective.model.parameters())
+        self._weights = [*objective.model.parameters(), *objective.model.buffers()]
         self._anchor = torch.zeros((), device=self._weights[0].device, requires_grad=True)
         self._may_record = True
         self._seen: set[Shape] = set()

@@ -33,7 +33,7 @@ def init_adapter(
     """The model to train (`requires_grad` set on every parameter), or to ask. `model` itself is changed."""
     adapters = list(model_args.adapter_name_or_path or [])
     if model_args.base_dtype == "fp8":
-        hold_layers_in_fp8(linear_layers(model).values())
+        hold_layers_in_fp8(linear_layers(model).values(), model.dtype)
     if is_quantized(model) and (problems := what_quantized_cannot(model_args, args, trainable=trainable)):
         raise UserError(problems)
     if not trainable and adapters and is_quantized(model):  # beside the weights: merged they would be rounded again
@@ -70,6 +70,9 @@ def what_quantized_cannot(model_args: ModelArguments, args: FinetuningArguments,
                 "set finetuning_type: lora, or leave it out",
             )
         )
+    if trainable and model_args.base_dtype and args.use_dora:
+        message = "scales whole weights, which a base in fp8 does not have"
+        found.append(Problem("use_dora", "", None, message, "leave it out, or leave base_dtype out"))
     adapters = model_args.adapter_name_or_path or []
     if len(adapters) > 1 or (trainable and adapters and args.create_new_adapter):
         message = "is not possible on quantized weights: all but the last are merged"

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from burnish import console
 from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
+from burnish.model.fp8 import Fp8Linear
 from burnish.model.quantized import is_quantized
 from burnish.model.source import ADAPTER_CONFIG, find_folder, first_line
 from burnish.tuning.arguments import FinetuningArguments
@@ -129,6 +130,8 @@ def load_adapter(model: PreTrainedModel, name: str, model_args: ModelArguments, 
     """An adapter from a folder or a hub on `model`. One that does not fit it whole is refused."""
     folder = find_folder(name, model_args, revision=None, weights=True)
     config = _read_config(folder, name)
+    if is_quantized(model) and (problem := _beside_quantized(model, config, name)):
+        raise UserError(problem)
     based_on = config.base_model_name_or_path
     if based_on and model.name_or_path and based_on != model.name_or_path:
         console.warn(f"{name} was trained on {based_on}; here it is put on {model.name_or_path}")
@@ -154,6 +157,17 @@ def load_adapter(model: PreTrainedModel, name: str, model_args: ModelArguments, 
         message = f"does not fit this model: {len(astray)} of its matrices have no counterpart, {astray[0]} the first"
         raise UserError(Problem(name, "", None, message, remedy))
     return tuned
+
+
+def _beside_quantized(model: PreTrainedModel, config: Any, name: str) -> Problem | None:
+    """What is the matter with an adapter that needs the weights as they were published."""
+    in_fp8 = any(isinstance(layer, Fp8Linear) for layer in model.modules())
+    remedy = f"leave {'base_dtype' if in_fp8 else 'quantization_bit'} out"
+    if config.use_dora and in_fp8:  # peft knows how to dequantize bitsandbytes' weights alone
+        return Problem(name, "", None, "is a DoRA adapter, which scales whole weights: a base in fp8 has none", remedy)
+    if str(config.init_lora_weights).startswith("pissa"):
+        return Problem(name, "", None, "is a PiSSA adapter, which takes whole weights apart", remedy)
+    return None
 
 
 def _put_on(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

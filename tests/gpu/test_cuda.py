@@ -305,7 +305,7 @@ def test_the_first_qwen_takes_the_fast_path_and_gives_the_loss_of_its_documents(
     assert distance(gradient, model.transformer.h[0].attn.c_attn.weight.grad) < 10 * rounding
 
 
-# ---- precision: written where there was no GPU, not yet run on one ------------------------------------------------
+# ---- precision ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -2,7 +2,7 @@
 
     python -m pytest tests/gpu/test_graphs.py
 
-Skipped, with the reason, where there is no CUDA device. Written where there was none.
+Skipped, with the reason, where there is no CUDA device.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def test_compiled_blocks_are_recorded_too_and_not_compiled_again(method, tmp_pat
     model = model_of(method, compiled=True)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     losses, _, count = a_run(tmp_path / "recorded", model)
+    torch._logging.set_logs()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     assert count >= 2 and "not recorded" not in capsys.readouterr().err
     expected, _, _ = a_run(tmp_path / "not", model_of(method, compiled=True), stop=True)

@@ -181,6 +181,7 @@ def test_settings_that_do_not_go_with_it_are_refused(tmp_path):
     line = told("base_dtype=fp8", "finetuning_type=full")
     assert "finetuning_type: full trains them" in line and "set finetuning_type: lora" in line
     assert "leave base_dtype out" in told("base_dtype=fp8", "pissa_init=true")
+    assert "scales whole weights" in told("base_dtype=fp8", "use_dora=true")
     assert "choose one" in told("base_dtype=fp8", "quantization_bit=4")
     zero_3 = f"deepspeed={Path(__file__).parents[2] / 'examples/deepspeed/ds_z3_config.json'}"
     assert "divides weights (stage 3)" in told("base_dtype=fp8", zero_3)
@@ -191,3 +192,27 @@ def test_settings_that_do_not_go_with_it_are_refused(tmp_path):
         model = load_model(args, dtype=torch.float32, trainable=True)
         with pytest.raises(UserError, match="base_dtype"):
             init_adapter(model, FinetuningArguments(finetuning_type=method), args, trainable=True)
+
+
+def test_a_model_without_a_layer_that_can_be_held_is_refused(tmp_path):
+    save("gpt2", tmp_path)
+    with pytest.raises(UserError, match="holds no layer of this model"):
+        tuned(tmp_path)
+
+
+def test_an_adapter_that_scales_or_takes_apart_whole_weights_is_refused(tmp_path):
+    save("llama", tmp_path / "model")
+
+    def tuned_by(adapter=None, base_dtype=None, **settings):
+        args = ModelArguments(
+            model_name_or_path=str(tmp_path / "model"), base_dtype=base_dtype, adapter_name_or_path=adapter
+        )
+        model = load_model(args, dtype=torch.float32, trainable=not adapter)
+        return init_adapter(model, FinetuningArguments(**settings), args, trainable=not adapter)
+
+    for name, settings in (("DoRA", {"use_dora": True}), ("PiSSA", {"pissa_init": True})):
+        tuned_by(**settings).save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            tuned_by(adapter=[str(tmp_path / name)], base_dtype="fp8")
+    with pytest.raises(UserError, match="scales whole weights"):
+        tuned_by(base_dtype="fp8", use_dora=True)
