@@ -205,7 +205,7 @@ def plan(words: list[str]) -> None:
     from burnish.plan.options import HELP as PLAN_HELP
     from burnish.plan.options import plan_options
 
-    if _asks_for_help("train", words, PLAN_HELP):
+    if _asks_for_help("train", words, PLAN_HELP, called="plan"):
         return
     options, rest, mistakes = plan_options(words)
     settings = _settings("train", rest, [lambda _: mistakes, wrong_data_sets, wrong_template])
@@ -256,12 +256,16 @@ def _tell_translated(settings: Settings) -> None:
         console.table(("given", "today", "what happens"), rows)
 
 
-def _asks_for_help(command: str, words: list[str], before: str = "") -> bool:
+def _asks_for_help(command: str, words: list[str], before: str = "", called: str = "") -> bool:
+    """`called`: the command that was given, where it takes the words of another."""
     if not {"-h", "--help"} & set(words):
         return False
     from burnish.arguments.fields import help_text
 
-    sys.stdout.write(before + help_text(command))
+    text = help_text(command)
+    sys.stdout.write(
+        before + (text.replace(f"usage: burnish {command}", f"usage: burnish {called}") if called else text)
+    )
     return True
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import time
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -41,16 +40,10 @@ from burnish.environment import quiet_deepspeed
 from burnish.errors import RunStopped, UserError
 from burnish.export.run import Order, export_model
 from burnish.generate.engine import Engine
-from burnish.kernels.lora_mlp import HAS_TRITON
-from burnish.model.compile import compile_blocks
-from burnish.model.graphs import CudaRecorder, has_dropout, pays
-from burnish.model.head import CausalLoss, unwrap
-from burnish.model.loader import compute_dtype, load_model, parameter_table
-from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
-from burnish.model.positions import check_positions, warn_of_positions
-from burnish.model.probe import ForwardPath, choose_path, try_out
-from burnish.model.quantized import is_dequantized
-from burnish.model.recompute import Recompute
+from burnish.model.head import CausalLoss
+from burnish.model.loader import compute_dtype, load_model
+from burnish.model.positions import warn_of_positions
+from burnish.model.probe import ForwardPath
 from burnish.model.tokenizer import load_tokenizer
 from burnish.plan.devices import DEFAULT, device_here, find_device
 from burnish.plan.make import make_plan
@@ -58,20 +51,18 @@ from burnish.plan.options import PlanOptions
 from burnish.plan.rows import lengths_of
 from burnish.plan.run import Run
 from burnish.plan.text import plan_as_json, plan_lines
+from burnish.prepare import load_for_training, may_recompute, may_record
 from burnish.serve.server import open_place, serve
 from burnish.serve.terminal import chat_loop
 from burnish.train import checkpoint
 from burnish.train.card import write_card
-from burnish.train.distributed import stage_of, together
+from burnish.train.distributed import together
 from burnish.train.logs import LogCallback, ProgressCallback, save_metrics
-from burnish.train.passes import AUTO
 from burnish.train.peers import Peers
 from burnish.train.plot import plot_loss
 from burnish.train.start import decide_start
 from burnish.train.trainer import Trainer
 from burnish.tuning.adapter import init_adapter
-from burnish.tuning.blocks import find_blocks
-from burnish.tuning.fuse import fuse_lora, fuse_mlp
 
 Callbacks = Iterable[TrainerCallback | type[TrainerCallback]]
 
@@ -99,7 +90,7 @@ def run_pt(settings: Settings, callbacks: Callbacks = ()) -> None:
         split_special_tokens=settings.model.split_special_tokens,
     )
     _show(datasets, tokenizer, args)
-    model, path = _load_for_training(settings, args, tokenizer)
+    model, path = load_for_training(settings, args, tokenizer)
     trainer = _make_trainer(settings, args, model, path, tokenizer, datasets, callbacks)
     _run(settings, trainer, resume)
 
@@ -114,7 +105,7 @@ def run_sft(settings: Settings, callbacks: Callbacks = ()) -> None:
     if settings.data.packing and isinstance(datasets.train, SampleStore):
         datasets.report.packed = pack(datasets.train.lengths, settings.data.cutoff_len)
     _show(datasets, tokenizer, args)
-    model, path = _load_for_training(settings, args, tokenizer)
+    model, path = load_for_training(settings, args, tokenizer)
     trainer = _make_trainer(settings, args, model, path, tokenizer, datasets, callbacks)
     _run(settings, trainer, resume)
 
@@ -273,99 +264,6 @@ def _show(datasets: Datasets, tokenizer: Any, args: Any) -> None:
         console.say(first_sample_text(first, tokenizer))
 
 
-def _load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, ForwardPath]:
-    """The model with what is trained marked, and the path its arithmetic allows."""
-    model = load_model(
-        settings.model,
-        dtype=compute_dtype(args.bf16 or settings.finetuning.pure_bf16, args.device, fp16=args.fp16),
-        trainable=True,
-        device="cpu" if stage_of(args) == 3 else args.device,  # ZeRO-3 puts every process's part where it belongs
-        tokenizer=tokenizer,
-        max_length=settings.data.cutoff_len,
-    )
-    check_positions(model, settings.data.cutoff_len, scaled=settings.model.rope_scaling is not None)
-    model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
-    with gathered(model.parameters()):
-        path = choose_path(model, keep_padding=_why_padded(settings))
-    on, details = wants_gradient_checkpointing(args)
-    if on:
-        enable_gradient_checkpointing(model, details)
-    console.say(f"{parameter_table(model)}; {path}")
-    _compile(model, path, args)
-    return model, path
-
-
-def _compile(model: Any, path: ForwardPath, args: Any) -> None:
-    """Block by block, where it was asked for, or left open on a GPU."""
-    wanted = args.device.type == "cuda" if args.compile_blocks is None else args.compile_blocks
-    if not wanted:
-        return
-    started = time.monotonic()
-    if stage_of(args):
-        why = "DeepSpeed divides the model"
-    elif not path.padding_free:
-        why = "padded batches"
-    elif is_dequantized(model):
-        why = "weights that bitsandbytes holds"
-    else:
-        if args.device.type == "cuda" and HAS_TRITON:  # without its kernels the operation is no gain
-            fuse_mlp(model)
-        why = compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model))
-    console.say(f"blocks are not compiled: {why}" if why else f"blocks compiled in {time.monotonic() - started:.0f} s")
-
-
-def _may_recompute(settings: Settings, args: Any, model: Any) -> Recompute | None:
-    """Where `gradient_checkpointing` is left open a GPU's memory decides."""
-    left_open = settings.value("gradient_checkpointing") is None and args.device.type == "cuda" and not stage_of(args)
-    return Recompute(model, find_blocks(unwrap(model)).values()) if left_open else None
-
-
-def _may_record(settings: Settings, args: Any, model: Any, path: ForwardPath, rows: Any) -> CudaRecorder | None:
-    """What records passes, where it was asked for, or left open and pays on a GPU."""
-    if args.cuda_graphs is False or not args.do_train:
-        return None
-    why = _why_not_recorded(settings, args, model, path)
-    if not why and (args.cuda_graphs or _recording_pays(settings, args, model, rows)):
-        console.say("passes over the blocks are recorded as CUDA graphs")
-        return CudaRecorder()
-    if args.cuda_graphs:
-        console.say(f"passes are not recorded as CUDA graphs: {why}")
-    return None
-
-
-def _why_not_recorded(settings: Settings, args: Any, model: Any, path: ForwardPath) -> str:
-    whys = {
-        "there is no GPU": args.device.type != "cuda",
-        "DeepSpeed divides the model": stage_of(args),
-        "padded batches": not path.padding_free,
-        "the model's own head and loss": not path.fused_head,
-        "it computes in float32": not (args.bf16 or args.fp16),
-        "weights that bitsandbytes holds": is_dequantized(model),
-        "pure_bf16 rounds gradients at random": settings.finetuning.pure_bf16,
-        "blocks are computed again": wants_gradient_checkpointing(args)[0],
-        "noise on the embeddings": args.neftune_noise_alpha,
-        "dropout": has_dropout(model),
-        "full_determinism launches kernels one by one": args.full_determinism,
-    }
-    return next((why for why, so in whys.items() if so), "")
-
-
-def _recording_pays(settings: Settings, args: Any, model: Any, rows: Any) -> bool:
-    """For about as many tokens as a pass will hold; of a stream, whose lengths nobody knows, at most."""
-    packed = settings.data.packing and settings.finetuning.stage == "sft"
-    of_a_row = settings.data.cutoff_len if packed or not hasattr(rows, "lengths") else rows.lengths.mean()
-    most = AUTO if args.micro_batch_tokens == "auto" else int(args.micro_batch_tokens)
-    of_a_step = of_a_row * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return pays(find_blocks(unwrap(model)).values(), min(of_a_step, most))
-
-
-def _why_padded(settings: Settings) -> str:
-    """The setting that asks for padded batches, if one does."""
-    if settings.model.flash_attn not in ("auto", "fa2", "fa3"):
-        return f"flash_attn: {settings.model.flash_attn} is the model's own attention"
-    return "" if settings.data.ignore_pad_token_for_loss else "ignore_pad_token_for_loss: false trains padding"
-
-
 def _make_trainer(
     settings: Settings,
     args: Any,
@@ -397,8 +295,8 @@ def _make_trainer(
         pure_bf16=tuning.pure_bf16 and any(weight.dtype == torch.bfloat16 for weight in model.parameters()),
         count_correct=tuning.compute_accuracy,
         micro_batch_tokens=args.micro_batch_tokens,
-        recompute=_may_recompute(settings, args, model),
-        recorder=_may_record(settings, args, model, path, datasets.train),
+        recompute=may_recompute(settings, args, model),
+        recorder=may_record(settings, args, model, path, datasets.train),
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
     )
 

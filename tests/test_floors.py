@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "burnish"
 
 FLOOR = {  # what is called by a name here is a file or a room of burnish/
-    **dict.fromkeys(("cli", "__main__"), 8),
-    "workflow": 7,
-    "plan": 6,
+    **dict.fromkeys(("cli", "__main__"), 9),
+    "workflow": 8,
+    "plan": 7,
+    "prepare": 6,
     **dict.fromkeys(("train", "serve", "export"), 5),
     "generate": 4,
     "tuning": 3,

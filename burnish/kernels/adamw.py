@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from burnish.kernels.linear_cross_entropy import HAS_TRITON
+from burnish.kernels.fast_path import has_kernels
 
 
 class Weight(NamedTuple):
@@ -53,7 +53,7 @@ def adamw_(weights: Sequence[Weight], settings: Settings, factor: Tensor, left_o
     """One update of all `weights`, in place. `factor`, `left_out`: float32 scalars on the device of the weights."""
     if not weights:
         return
-    way = on_gpu if weights[0].master.is_cuda and HAS_TRITON else reference
+    way = on_gpu if has_kernels(weights[0].master.device) else reference
     way(weights, settings, factor, left_out)
 
 

@@ -22,14 +22,14 @@ exact.
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None  # torch's CUDA builds for Linux bring it
+from burnish.kernels.fast_path import has_kernels
+
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LEAST = 1e-12  # of a scale: a row of zeros has none
@@ -83,7 +83,7 @@ def times(grad_y: Tensor, weight: Frozen) -> Tensor:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] → (e4m3 [M, K], scales [M] float32)."""
-    if x.is_cuda and HAS_TRITON:
+    if has_kernels(x.device):
         from burnish.kernels import on_gpu
 
         return on_gpu.quantize_rows(x.contiguous(), FP8, LARGEST, LEAST)

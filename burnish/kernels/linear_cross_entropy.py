@@ -15,14 +15,14 @@ masked ones cost nothing.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None  # torch's CUDA builds for Linux bring it
+from burnish.kernels.fast_path import has_kernels
+
 CPU_TILE = 256  # tokens; a tile's float32 logits at a vocabulary of 50k are 50 MB, and larger tiles gain nothing
 CUDA_TILE = 2048  # tokens; keeps the matrix units busy (smaller tiles of 256 lose a third)
 
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tile = CUDA_TILE if hidden.is_cuda else CPU_TILE
         for start in range(0, hidden.shape[0], tile):
             h, y = hidden[start : start + tile], targets[start : start + tile]
-            tile_loss = _tile_loss_on_gpu if hidden.is_cuda and HAS_TRITON else _tile_loss
+            tile_loss = _tile_loss_on_gpu if has_kernels(hidden.device) else _tile_loss
             losses, hits, grad_logits = tile_loss(
                 F.linear(h, weight, bias), y, label_smoothing, needs_grad=needs_grad, counts=count_correct
             )

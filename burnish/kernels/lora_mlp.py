@@ -19,16 +19,14 @@ computed again in registers rather than kept.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.kernels.fast_path import has_kernels
 from burnish.kernels.frozen_linear import Frozen, rows_of, times, times_transposed
-
-HAS_TRITON = find_spec("triton") is not None  # torch's CUDA builds for Linux bring it
 
 
 class LoraWeights(NamedTuple):
@@ -97,7 +95,7 @@ _ROWS = torch.contiguous_format
 
 def _swiglu(gate: Tensor, up: Tensor, inner: Tensor, b_g: Tensor, b_u: Tensor, scale: float) -> Tensor:
     """h [M, N] from what the frozen layers gave and what the adapters add."""
-    if gate.is_cuda and HAS_TRITON:
+    if has_kernels(gate.device):
         from burnish.kernels import on_gpu
 
         return on_gpu.swiglu(gate, up, inner, b_g, b_u, scale)
@@ -110,7 +108,7 @@ def _swiglu_backward(
     a_d: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """∂g, ∂u [M, N] and [3, r, N]: t_gᵀ ∂g, t_uᵀ ∂u, ∂t_dᵀ h, in float32 at least."""
-    if gate.is_cuda and HAS_TRITON:
+    if has_kernels(gate.device):
         from burnish.kernels import on_gpu
 
         return on_gpu.swiglu_backward(gate, up, grad_hidden, inner, grad_inner, b_g, b_u, a_d, scale)

@@ -2,9 +2,8 @@
 
 One idea: the weights are rounded once, when the model has been loaded, and from there on training, evaluation and
 answers compute with the same numbers. Embedding, head, norms, routers, experts in one parameter and what is trained
-keep their dtype. A layer's
-`weight` holds bytes, as bitsandbytes' do, so that whatever asks whether a weight is quantized (quantized.py) is
-answered alike.
+keep their dtype. A layer's `weight` holds bytes, as bitsandbytes' do, so that whatever asks whether a weight is
+quantized (quantized.py) is answered alike.
 """
 
 from __future__ import annotations

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -36,8 +34,9 @@ TOKENS = 512  # passes are filled up to a multiple of so many
 BORDERS, LONGEST = 16, 2048  # and these, at least, to a power of two; a longest that none is costs next to nothing
 MOST = 32  # recordings at a time; other shapes stay as they are
 
-LAUNCHING = 6e-3  # seconds that a CPU takes to launch a block's kernels, forward and backward (docs/performance.md)
-SPEED = 400e12  # FLOP/s of a GPU at its matrix products
+# Of an H100 and its CPU (docs/performance.md); a slower GPU gains less from what is recorded.
+LAUNCHING = 6e-3  # seconds to launch a block's kernels, forward and backward
+SPEED = 400e12  # FLOP/s at matrix products
 
 Inputs = dict[str, Any]  # keywords of the decoder's forward
 
@@ -47,7 +46,7 @@ class CannotRecord(RuntimeError):
 
 
 class Recorder(Protocol):
-    """Keeps work, so that it can be done again without its Python."""
+    """Keeps work, so that it can be done again without its Python (cuda_recorder.py)."""
 
     def rehearse(self, work: Callable[[], None]) -> None:
         """Do it as it will be recorded. Raises where it cannot be."""
@@ -121,8 +120,12 @@ def pays(blocks: Iterable[nn.Module], tokens: float) -> bool:
     def flops(block: nn.Module) -> float:
         return sum((6 if weight.requires_grad else 4) * size_of(weight) for weight in block.parameters())
 
-    largest = max((flops(block) for block in blocks), default=math.inf)
-    return largest * tokens / SPEED < LAUNCHING
+    return waits_for_launches(max((flops(block) for block in blocks), default=math.inf) * tokens)
+
+
+def waits_for_launches(flops: float) -> bool:
+    """Whether a block of so many FLOPs, forward and backward, is computed before its kernels are launched."""
+    return flops / SPEED < LAUNCHING
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -304,120 +307,3 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---- the device ----------------------------------------------------------------------------------------------------
-
-
-class CudaRecorder:
-    """CUDA graphs that share one pool of memory: a recorded pass is over, forward and backward, before another begins.
-
-    Only this thread's calls are watched while it records ("thread_local"): others may load data and talk to peers.
-    """
-
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()  # not the default one, which cannot be recorded
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._broken: list[torch.cuda.CUDAGraph] = []  # torch's allocator may hold pointers to them
-
-    def rehearse(self, work: Callable[[], None]) -> None:
-        """On the usual stream, where gradients that are missing belong; then aside, so that what libraries allocate for
-        a stream is there before it is recorded; then with an error where the CPU would wait for the device."""
-        state = torch.cuda.get_rng_state()
-        try:
-            work()
-            with self._aside():
-                work()
-                with _no_waiting():
-                    work()
-            if not torch.equal(state, torch.cuda.get_rng_state()):
-                raise CannotRecord("it draws random numbers")
-        finally:
-            torch.cuda.set_rng_state(state)
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        gc.collect(1)  # an autograd node of an earlier pass would be of another stream
-        torch.cuda.synchronize()
-        free, _ = torch.cuda.mem_get_info()
-        if free < torch.cuda.memory_reserved():  # while it records torch's allocator gives nothing back
-            torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        with self._aside(), _no_collecting():
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-                graph.capture_end()
-            except BaseException:
-                self._abandon(graph)
-                raise
-        self._graphs.append(graph)
-        return graph.replay
-
-    def forget(self) -> None:
-        torch.cuda.synchronize()
-        for graph in self._graphs:
-            graph.reset()
-        self._graphs.clear()
-        self._pool = torch.cuda.graph_pool_handle()  # torch makes a pool that was given up no second time
-        torch.cuda.empty_cache()
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        usual = torch.cuda.current_stream()
-        self._stream.wait_stream(usual)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            usual.wait_stream(self._stream)
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a recording that failed. One that CUDA itself has ended leaves torch in the middle of it: its allocator
-        still serves the recording, and its generator of random numbers counts for it until another one has ended."""
-        with suppress(RuntimeError):
-            graph.capture_end()
-        try:
-            graph.pool()  # raises where the recording was not ended as it should
-        except RuntimeError:
-            self._broken.append(graph)
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-                torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
-            with suppress(RuntimeError):
-                another = torch.cuda.CUDAGraph()
-                self._broken.append(another)
-                another.capture_begin(capture_error_mode="thread_local")
-                torch.zeros(1, device="cuda")
-                another.capture_end()
-        else:
-            graph.reset()
-
-
-@contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Within it an operation for which the CPU waits raises CannotRecord."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    except RuntimeError as error:
-        if "synchronizing" not in str(error):
-            raise
-        raise CannotRecord("the CPU waits in them for values that the GPU computes") from error
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@contextmanager
-def _no_collecting() -> Iterator[None]:
-    """What Python would free of its own accord might be the device's, which it must not touch now."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
-from burnish.model.graphs import LAUNCHING, SPEED
 from burnish.model.graphs import TOKENS as TOKENS_OF_A_SHAPE
+from burnish.model.graphs import waits_for_launches
 from burnish.plan.devices import Device
 from burnish.plan.memory import GIB, Memory, most_memory
 from burnish.plan.model import Asked, Shape, shape_of_model
@@ -94,7 +94,7 @@ def _records(run: Run, shape: Shape, rows: Rows) -> bool:
     of_a_row = batching.pack_to or float(rows.lengths.mean())
     tokens = min(of_a_row * batching.batch_size * batching.accumulation, run.most_tokens or AUTO)
     flops = max(4 * block.held / shape.dtype.itemsize + 2 * block.trained for block in shape.blocks)
-    return flops * tokens / SPEED < LAUNCHING
+    return waits_for_launches(flops * tokens)
 
 
 def _need_less(run: Run, shape: Shape, each: Pass, recomputed: int, most: int | None) -> tuple[int | None, int] | None:

@@ -13,6 +13,8 @@ from burnish.errors import UserError
 from burnish.plan.memory import Held
 from burnish.plan.model import Asked
 from burnish.plan.steps import Batching
+from burnish.prepare import why_padded
+from burnish.train.checks import AGAINST_GRAPHS
 from burnish.train.passes import AUTO
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Run:
             message = "is not planned: its memory is the square of lengths"
             raise UserError(settings.problem("flash_attn", message, "leave it out"))
         stage, offloaded = _zero(settings.value("deepspeed"))
-        padded = settings.model.flash_attn not in ("auto", "fa2", "fa3") or not settings.data.ignore_pad_token_for_loss
+        padded = bool(why_padded(settings))
         dtype = _dtype(settings)
         wanted = settings.value("torch_compile") is not False
         bits = settings.model.quantization_bit
@@ -87,10 +89,9 @@ def _dtype(settings: Settings) -> torch.dtype:
 
 
 def _may_record(settings: Settings, dtype: torch.dtype, stage: int, padded: bool) -> bool | None:
-    """What `cuda_graphs` says, where nothing that training would name stands against it."""
-    names = ("quantization_bit", "pure_bf16", "gradient_checkpointing", "neftune_noise_alpha")
-    against = [settings.value(name) for name in (*names, "lora_dropout", "full_determinism")]
-    return False if dtype.itemsize > 2 or stage or padded or any(against) else settings.value("cuda_graphs")
+    """What `cuda_graphs` says, where nothing that training would name stands against it; the plan is for a GPU."""
+    against = any(settings.value(name) for name in AGAINST_GRAPHS.keys() - {"use_cpu", "deepspeed"})
+    return False if dtype.itemsize > 2 or stage or padded or against else settings.value("cuda_graphs")
 
 
 def _zero(deepspeed: Any) -> tuple[int, bool]:

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from burnish.kernels.adamw import Settings, Weight, adamw_
-from burnish.kernels.linear_cross_entropy import HAS_TRITON
+from burnish.kernels.fast_path import has_kernels
 from burnish.train.masters import Masters
-
-
-def has_kernel(weight: Tensor) -> bool:
-    return weight.is_cuda and HAS_TRITON
 
 
 class AdamW(torch.optim.AdamW):
@@ -36,7 +32,7 @@ class AdamW(torch.optim.AdamW):
         moved = list(masters.by_name.values())
         flat = all(weight.is_contiguous() for weight in (*moved, *masters.copied.values()))
         one_place = {(weight.device, weight.dtype) for weight in moved} == {(moved[0].device, torch.float32)}
-        self._suits = flat and one_place and has_kernel(moved[0])
+        self._suits = flat and one_place and has_kernels(moved[0].device)
 
     @property
     def in_one_pass(self) -> bool:

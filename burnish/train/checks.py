@@ -108,22 +108,26 @@ def _precision(settings: Settings) -> list[Problem]:
     return found
 
 
+AGAINST_GRAPHS = {  # a setting that is not off, and what is said of it beside cuda_graphs
+    "use_cpu": "and the run is on the CPU",
+    "deepspeed": "and DeepSpeed, which divides the model, exclude each other",
+    "pure_bf16": "and pure_bf16, which rounds gradients at random, exclude each other",
+    "quantization_bit": "and quantized weights exclude each other",
+    "gradient_checkpointing": "and gradient_checkpointing, which looks at random states, exclude each other",
+    "neftune_noise_alpha": "and neftune_noise_alpha, whose noise is drawn anew in each pass, exclude each other",
+    "lora_dropout": "and lora_dropout, which is drawn anew in each pass, exclude each other",
+    "full_determinism": "and full_determinism, which launches kernels one by one, exclude each other",
+}
+
+
 def _graphs(settings: Settings) -> list[Problem]:
     """What a recorded pass cannot do, where one is asked for."""
     value = settings.value
     if not value("cuda_graphs"):
         return []
-    why = {
-        "use_cpu": "and the run is on the CPU",
-        "deepspeed": "and DeepSpeed, which divides the model, exclude each other",
-        "pure_bf16": "and pure_bf16, which rounds gradients at random, exclude each other",
-        "quantization_bit": "and quantized weights exclude each other",
-        "gradient_checkpointing": "and gradient_checkpointing, which looks at random states, exclude each other",
-        "neftune_noise_alpha": "and neftune_noise_alpha, whose noise is drawn anew in each pass, exclude each other",
-        "lora_dropout": "and lora_dropout, which is drawn anew in each pass, exclude each other",
-        "full_determinism": "and full_determinism, which launches kernels one by one, exclude each other",
-    }
-    found = [settings.problem("cuda_graphs", text, "leave it out") for name, text in why.items() if value(name)]
+    found = [
+        settings.problem("cuda_graphs", text, "leave it out") for name, text in AGAINST_GRAPHS.items() if value(name)
+    ]
     if not (value("bf16") or value("fp16") or value("pure_bf16")):
         found.append(settings.problem("cuda_graphs", "is for models in 16 bits", "set bf16: true, or leave it out"))
     return found

@@ -61,15 +61,8 @@ def what_quantized_cannot(model_args: ModelArguments, args: FinetuningArguments,
     found = []
     if trainable and args.finetuning_type != "lora":
         message = f"is of frozen weights, and finetuning_type: {args.finetuning_type} trains them"
-        found.append(
-            Problem(
-                "base_dtype" if model_args.base_dtype else "quantization_bit",
-                "",
-                None,
-                message,
-                "set finetuning_type: lora, or leave it out",
-            )
-        )
+        name = "base_dtype" if model_args.base_dtype else "quantization_bit"
+        found.append(Problem(name, "", None, message, "set finetuning_type: lora, or leave it out"))
     if trainable and model_args.base_dtype and args.use_dora:
         message = "scales whole weights, which a base in fp8 does not have"
         found.append(Problem("use_dora", "", None, message, "leave it out, or leave base_dtype out"))

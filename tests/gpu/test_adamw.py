@@ -81,7 +81,7 @@ def test_a_run_in_one_pass_is_the_run_of_torchs_adamw(dtype, accumulation, tmp_p
     runs = []
     for one_pass in (True, False):
         if not one_pass:
-            monkeypatch.setattr(adamw, "has_kernel", lambda weight: False)
+            monkeypatch.setattr(adamw, "has_kernels", lambda device: False)
         how = {"gradient_accumulation_steps": accumulation, "weight_decay": 0.1, "max_grad_norm": 0.5}
         args = arguments(tmp_path / str(one_pass), use_cpu=False, learning_rate=1e-3, **how)
         model = small_model(dtype=dtype, head_dim=16).to(DEVICE)

@@ -20,7 +20,7 @@ from small import SHAPE, arguments, samples, small_model, trainer
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainerCallback
 
 from burnish.model.compile import compile_blocks
-from burnish.model.graphs import CudaRecorder
+from burnish.model.cuda_recorder import CudaRecorder
 from burnish.model.head import unwrap
 from burnish.model.probe import choose_path, try_out
 from burnish.tuning.blocks import find_blocks

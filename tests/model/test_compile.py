@@ -133,7 +133,7 @@ def test_a_model_that_cannot_be_compiled_is_left_as_it_is_with_the_reason():
 
 def test_torch_compile_compiles_the_blocks_of_a_run(tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr("burnish.workflow.compile_blocks", lambda blocks, try_out: seen.append(list(blocks)) or "")
+    monkeypatch.setattr("burnish.prepare.compile_blocks", lambda blocks, try_out: seen.append(list(blocks)) or "")
     words = [*make_run(tmp_path, rows=12), "--max_steps", "1", "--use_cpu"]
     for asked in ((), ("--torch_compile", "false"), ("--torch_compile", "true")):
         assert main(["train", *words, *asked, "--output_dir", str(tmp_path / "-".join(["run", *asked]))]) == 0

@@ -223,8 +223,8 @@ def test_what_cannot_be_recorded_is_refused_where_it_is_asked_for(words, told, t
 def test_cuda_graphs_says_whether_a_run_is_recorded(tmp_path, monkeypatch, capsys):
     """As on a GPU, with what stands in for its graphs."""
     made = []
-    monkeypatch.setattr("burnish.workflow.CudaRecorder", lambda: made.append(Again()) or made[-1])
-    monkeypatch.setattr("burnish.workflow._why_not_recorded", lambda *_: "")
+    monkeypatch.setattr("burnish.prepare.CudaRecorder", lambda: made.append(Again()) or made[-1])
+    monkeypatch.setattr("burnish.prepare._why_not_recorded", lambda *_: "")
     words = [*make_run(tmp_path, rows=40), "--bf16"]
     for asked in ((), ("--cuda_graphs", "false"), ("--cuda_graphs", "true")):
         assert main(["train", *words, *asked, "--output_dir", str(tmp_path / "-".join(["run", *asked]))]) == 0
