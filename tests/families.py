@@ -91,7 +91,7 @@ def shake(model: Any, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def save_tokenizer(folder: Path, size: int = VOCABULARY, **special: str) -> str:

@@ -14,7 +14,6 @@ and lets it be made on a CPU (12 steps take two minutes).
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from real import real_rows, smollm2
 from small import CONFIGS, arguments, on_the_fast_path, samples, small_model, trainer, tuned
 from theirs import collator, padded, run_of_plain
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,11 +34,10 @@ from burnish.model.fp8 import Fp8Linear
 from burnish.model.head import CausalLoss
 from burnish.model.qwen import QWenConfig, register
 from burnish.train.optimizer import Masters
-from burnish.types import IGNORE_INDEX, Sample
+from burnish.types import Sample
 
 register()
 CONFIGS["the first qwen"] = QWenConfig
-ROOT = Path(__file__).parents[2]
 KINDS = ["qwen3", "llama", "the first qwen"]
 METHODS = ["full", "freeze", "lora", "fp8"]
 FP8 = {"loss": 1e-2, "gradient": 0.2}  # allowed beside a base in fp8, whose inputs are rounded too: to 4 % each
@@ -238,29 +237,3 @@ def test_fifty_steps_of_smollm2_follow_transformers_and_peft(tmp_path, fixture_p
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
     follows(Run(base, rows, steps, 1e-4, 3e-2, 5e-3), tmp_path, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def smollm2(fixture_path) -> Path:
-    given = os.environ.get("SMOLLM2")
-    found = Path(given) if given else ROOT / "models" / "SmolLM2-135M-Instruct"
-    if (found / "model.safetensors").is_file():
-        return found
-    assert not given, f"SMOLLM2={given} holds no model.safetensors"
-    return fixture_path("smollm2")
-
-
-def real_rows(tokenizer, count: int) -> list[Sample]:
-    """The rows of data/: who the assistant is, then pinyin to write as characters. The answers are trained."""
-    texts = json.loads((ROOT / "data" / "identity.json").read_text(encoding="utf-8"))
-    with (ROOT / "data" / "pinyin_hanzi.jsonl").open(encoding="utf-8") as file:
-        texts += [json.loads(line) for line in file]
-    assert len(texts) >= count
-    rows = []
-    for number, text in enumerate(texts[:count]):
-        asked = {"role": "user", "content": "\n".join(filter(None, (text["instruction"], text["input"])))}
-        prompt = tokenizer.apply_chat_template([asked], add_generation_prompt=True, return_dict=False)
-        answer = tokenizer.encode(text["output"] + tokenizer.eos_token)
-        ids = np.array(prompt + answer, dtype=np.int32)
-        labels = np.where(np.arange(len(ids)) < len(prompt), IGNORE_INDEX, ids).astype(np.int32)
-        rows.append(Sample(ids, labels, f"data:{number + 1}"))
-    return rows
