@@ -28,7 +28,8 @@ def dequantized_lora_linear(
     x: Tensor, dequantize: Dequantize, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor:
     """x [..., K] → x Wᵀ + bias + s·(x Aᵀ)Bᵀ [..., N]; `x`, `a` and `b` get gradients."""
-    y = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), dequantize, bias, a, b, scale)
+    flat = x.reshape(-1, x.shape[-1])
+    y = _LoraLinear.apply(flat, dequantize, bias, flat @ a.T, b, scale)
     return y.view(*x.shape[:-1], b.shape[0])
 
 
@@ -46,17 +47,16 @@ class _Linear(torch.autograd.Function):
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dequantize: Dequantize, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, dequantize: Dequantize, bias: Tensor | None, inner: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        y, inner = forward_of(x, [], [dequantize(x.dtype)], bias, a, b, scale)
-        ctx.save_for_backward(x, a, b, inner)
+        ctx.save_for_backward(inner, b)
         ctx.dequantize, ctx.scale = dequantize, scale
-        return y
+        return forward_of(x, [], [dequantize(x.dtype)], bias, inner, b, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, a, b, inner = ctx.saved_tensors
+        inner, b = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0]
-        weight = [ctx.dequantize(x.dtype)] if needs_x else []  # nobody asks below the first block
-        grad_x, grad_a, grad_b = backward_of(grad_y, x, weight, a, b, inner, ctx.scale, needs_x)
-        return grad_x if needs_x else None, None, None, grad_a, grad_b, None
+        weight = [ctx.dequantize(grad_y.dtype)] if needs_x else []  # nobody asks below the first block
+        grad_x, grad_inner, grad_b = backward_of(grad_y, weight, inner, b, ctx.scale, needs_x)
+        return grad_x if needs_x else None, None, None, grad_inner, grad_b, None

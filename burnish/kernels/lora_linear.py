@@ -5,11 +5,13 @@ Formula (Hu et al., LoRA, arXiv 2106.09685), x [M, K], W [N, K] frozen, A [r, K]
     t  = x Aᵀ                     [M, r]
     y  = x Wᵀ + bias + s · t Bᵀ   [M, N]     added in place by the product that makes it
     ∂t = s · ∂y B                 [M, r]
-    ∂x = ∂y W + ∂t A              [M, K]     added in place likewise
+    ∂x = ∂y W + ∂t A              [M, K]
     ∂A = ∂tᵀ x                    [r, K]
     ∂B = s · (tᵀ ∂y)ᵀ             [N, r]     the small factor first: ∂yᵀ t would walk ∂y by columns, 4 times slower
 
 Autograd over peft's own layer makes four passes more over [M, N] (scale, add, and both again backward).
+
+t is given, not made here, so that layers of one input (q, k and v) can share the product that makes it.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from torch import Tensor
 from burnish.kernels.frozen_linear import Frozen, out_features, rows_of, times, times_transposed
 
 
-def lora_linear(x: Tensor, weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x [..., K] → [..., N]. All in one dtype; `weight` and `bias` get no gradient, `x`, `a` and `b` do."""
+def lora_linear(x: Tensor, weight: Frozen, bias: Tensor | None, inner: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x [..., K] and t = x Aᵀ [..., r] → [..., N]. All in one dtype; `x`, `inner` and `b` get gradients."""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    y, _ = torch.ops.burnish.lora_linear(flat, rows_of(flat, weight), weight, bias, a, b, scale)
+    rows = rows_of(flat, weight)
+    y = torch.ops.burnish.lora_linear(flat, rows, weight, bias, inner.reshape(-1, inner.shape[-1]), b, scale)
     return y.view(*x.shape[:-1], out_features(weight))
 
 
@@ -36,33 +39,26 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tens
 
 
 def forward_of(
-    x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(y, t) of the formula; `rows`: x as a product in fp8 reads it (frozen_linear.py)."""
-    inner = x @ a.T  # [M, r]
+    x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None, inner: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """y of the formula from t; `rows`: x as a product in fp8 reads it (frozen_linear.py)."""
     if rows or not x.is_cuda:
-        return times_transposed(x, rows, weight, bias).addmm_(inner, b.T, alpha=scale), inner
+        return times_transposed(x, rows, weight, bias).addmm_(inner, b.T, alpha=scale)
     # The small product first: the large one then adds to it while it writes, which costs a pass less.
     y = x.new_empty(x.shape[0], weight[0].shape[0])
     if bias is None:
         y.addmm_(inner, b.T, beta=0, alpha=scale)
     else:
         torch.addmm(bias, inner, b.T, alpha=scale, out=y)
-    return y.addmm_(x, weight[0].T), inner
+    return y.addmm_(x, weight[0].T)
 
 
 def backward_of(
-    grad_y: Tensor, x: Tensor, weight: Frozen, a: Tensor, b: Tensor, inner: Tensor, scale: float, needs_x: bool
+    grad_y: Tensor, weight: Frozen, inner: Tensor, b: Tensor, scale: float, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(∂x, ∂A, ∂B); ∂x is empty where nobody asks for it."""
-    grad_inner = (grad_y @ b).mul_(scale)  # [M, r]
-    if not needs_x:
-        grad_x = x.new_empty(0)
-    elif len(weight) == 1:
-        grad_x = (grad_inner @ a).addmm_(grad_y, weight[0])
-    else:
-        grad_x = times(grad_y, weight).addmm_(grad_inner, a)
-    return grad_x, grad_inner.T @ x, (inner.T @ grad_y).mul_(scale).T.contiguous()
+    """(∂y W, ∂t, ∂B); the first is empty where nobody asks for it."""
+    grad_x = times(grad_y, weight) if needs_x else grad_y.new_empty(0)
+    return grad_x, (grad_y @ b).mul_(scale), (inner.T @ grad_y).mul_(scale).T.contiguous()
 
 
 # As operators, for torch.compile: it would take the products apart and add in passes of its own. (What it makes of an
@@ -70,12 +66,11 @@ def backward_of(
 
 _library = torch.library.Library("burnish", "FRAGMENT")
 _library.define(
-    "lora_linear(Tensor x, Tensor[] rows, Tensor[] weight, Tensor? bias, Tensor a, Tensor b, float scale) -> "
-    "(Tensor, Tensor)"
+    "lora_linear(Tensor x, Tensor[] rows, Tensor[] weight, Tensor? bias, Tensor inner, Tensor b, float scale) -> Tensor"
 )
 _library.define(
-    "lora_linear_backward(Tensor grad_y, Tensor x, Tensor[] weight, Tensor a, Tensor b, Tensor inner, float scale, "
-    "bool needs_x) -> (Tensor, Tensor, Tensor)"
+    "lora_linear_backward(Tensor grad_y, Tensor[] weight, Tensor inner, Tensor b, float scale, bool needs_x) -> "
+    "(Tensor, Tensor, Tensor)"
 )
 for _key in ("CPU", "CUDA"):
     _library.impl("lora_linear", forward_of, _key)
@@ -84,31 +79,32 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("burnish::lora_linear", lib=_library)
 def _(
-    x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight[0].shape[0]), x.new_empty(x.shape[0], a.shape[0])
+    x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None, inner: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    return x.new_empty(x.shape[0], b.shape[0])
 
 
 @torch.library.register_fake("burnish::lora_linear_backward", lib=_library)
 def _(
-    grad_y: Tensor, x: Tensor, weight: Frozen, a: Tensor, b: Tensor, inner: Tensor, scale: float, needs_x: bool
+    grad_y: Tensor, weight: Frozen, inner: Tensor, b: Tensor, scale: float, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape if needs_x else (0,)), a.new_empty(a.shape), b.new_empty(b.shape)
+    grad_x = grad_y.new_empty((grad_y.shape[0], weight[0].shape[1]) if needs_x else (0,))
+    return grad_x, grad_y.new_empty(grad_y.shape[0], b.shape[1]), b.new_empty(b.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, rows, weight, _, a, b, scale = inputs
-    ctx.save_for_backward(x, a, b, output[1], *weight)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, rows, weight, _, inner, b, scale = inputs
+    ctx.save_for_backward(inner, b, *weight)
     ctx.rows, ctx.scale = len(rows), scale
 
 
-def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Any, ...]:
-    x, a, b, inner, *weight = ctx.saved_tensors
+def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    inner, b, *weight = ctx.saved_tensors
     needs_x = ctx.needs_input_grad[0]
-    grad_x, grad_a, grad_b = torch.ops.burnish.lora_linear_backward(
-        grad_y.contiguous(), x, weight, a, b, inner, ctx.scale, needs_x
+    grad_x, grad_inner, grad_b = torch.ops.burnish.lora_linear_backward(
+        grad_y.contiguous(), weight, inner, b, ctx.scale, needs_x
     )
-    return grad_x if needs_x else None, [None] * ctx.rows, [None] * len(weight), None, grad_a, grad_b, None
+    return grad_x if needs_x else None, [None] * ctx.rows, [None] * len(weight), None, grad_inner, grad_b, None
 
 
 torch.library.register_autograd("burnish::lora_linear", _differentiate, setup_context=_save, lib=_library)

@@ -64,6 +64,13 @@ def swiglu_layers(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module] | 
     return children["gate_proj"], children["up_proj"], children["down_proj"]
 
 
+def layers_of_one_input(attention: nn.Module) -> tuple[nn.Module, ...]:
+    """The layers of an attention that read the same, as most families call them. A name that misleads costs time."""
+    children = dict(attention.named_children())
+    names = ("q_proj", "k_proj", "v_proj")
+    return tuple(children[name] for name in names) if children.keys() >= set(names) else ()
+
+
 def size_of(parameter: Any) -> int:
     """Elements of a parameter, gathered or not; bitsandbytes holds two in a byte."""
     if getattr(parameter, "quant_state", None) is not None:

@@ -174,7 +174,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _kind_of(block: nn.Module, call: Call) -> Any:
-    weights = tuple((name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters())
+    weights = tuple(
+        (name, weight.shape, weight.dtype, weight.requires_grad) for name, weight in block.named_parameters()
+    )
     window = [getattr(module, "sliding_window", None) for module in block.modules()]
     return type(block), weights, call.hidden.requires_grad, tuple(window)
 

@@ -81,19 +81,19 @@ def _rounded(weight: list[Any], width: int, size: int) -> Iterator[Kernel]:
 
 
 def _lora_linear(args: list[Any], _: Amount) -> Iterator[Kernel]:
-    weight, a = args[2], args[4]
-    (n, k), r, size = weight[0].shape, a.shape[0], a.element_size()
-    yield from (product(k, r, size), product(r, n, size))
+    weight, b = args[2], args[5]
+    (n, k), r, size = weight[0].shape, b.shape[1], b.element_size()
+    yield product(r, n, size)
     yield from _large(weight, k, n, size, adds=True)
 
 
 def _lora_linear_backward(args: list[Any], _: Amount) -> Iterator[Kernel]:
-    weight, a, needs_x = args[2], args[3], args[-1]
-    (n, k), r, size = weight[0].shape, a.shape[0], a.element_size()
+    weight, b, needs_x = args[1], args[3], args[-1]
+    (n, k), r, size = weight[0].shape, b.shape[1], b.element_size()
     yield product(n, r, size)  # ∂t
     if needs_x:
-        yield from (product(r, k, size), *_rounded(weight, n, size), *_large(weight, n, k, size, adds=True))
-    yield from (product(r, k, size), product(r, n, size))  # ∂A, ∂B
+        yield from (*_rounded(weight, n, size), *_large(weight, n, k, size))
+    yield product(r, n, size)  # ∂B
 
 
 def _lora_mlp(args: list[Any], _: Amount) -> Iterator[Kernel]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from burnish.kernels.linear_cross_entropy import CUDA_TILE
+from burnish.kernels.linear_cross_entropy import gpu_tile
 from burnish.plan.model import Shape
 from burnish.plan.steps import Pass
 
@@ -136,12 +136,11 @@ class _Moments:
 
     def _head(self, kept: float) -> Iterator[tuple[str, dict[str, float]]]:
         """The loss, and then its backward pass, where the gradient of the weight is scaled and rounded."""
-        tile = min(CUDA_TILE, self.tokens) * self.shape.vocabulary * self.size
+        tile = min(gpu_tile(self.shape.trains_head), self.tokens) * self.shape.vocabulary * self.size
         activations = kept + self.outside + 3 * self.hidden  # its output, those trained of it, their gradient
         weight = self.matrix if self.shape.trains_head else 0
         common = {"activations": activations, "gradients": self._earlier()}
-        before = tile if self.tokens > CUDA_TILE else 0.0  # the tile before lives until this one takes its name
-        yield "head", {**common, "head": tile + before + weight * FLOAT32}
+        yield "head", {**common, "head": tile + weight * FLOAT32}
         yield "head's backward", {**common, "head": weight * (FLOAT32 + self.size) + self.hidden}
 
     def _backward(self, kept: float) -> Iterator[tuple[str, dict[str, float]]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from burnish.kernels.linear_cross_entropy import CUDA_TILE
+from burnish.kernels.linear_cross_entropy import gpu_tile
 from burnish.plan.devices import Device
 from burnish.plan.kernels import Kernel
 from burnish.plan.memory import FLOAT32, Held, gradient_bytes
@@ -147,7 +147,7 @@ def _add_kernel(time: Time, kernel: Kernel, each: Pass, rates: Rates, *, backwar
 def _add_head(time: Time, shape: Shape, each: Pass, rates: Rates, trained_share: float) -> None:
     """Products forward, to the input, and to the weight where it is trained; a tile's softmax reads twice."""
     tokens, matrix = each.real * trained_share, shape.vocabulary * shape.width
-    tiles = max(1, -(-int(tokens) // CUDA_TILE))
+    tiles = max(1, -(-int(tokens) // gpu_tile(shape.trains_head)))
     products = 3 if shape.trains_head else 2
     time.add("head", products * 2 * tokens * matrix / rates.products, kernels=products * tiles)
     time.add("head", rates.moving(3 * tokens * shape.vocabulary * shape.dtype.itemsize), kernels=tiles)

@@ -19,7 +19,7 @@ from burnish.kernels.dequantized_linear import dequantized_lora_linear
 from burnish.kernels.lora_linear import lora_linear
 from burnish.kernels.lora_mlp import LoraWeights, lora_mlp
 from burnish.model.fp8 import Fp8Linear
-from burnish.model.patch import swiglu_layers
+from burnish.model.patch import layers_of_one_input, swiglu_layers
 from burnish.model.probe import close
 from burnish.model.quantized import Dequantizing
 
@@ -27,12 +27,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse_lora(model: Model) -> Model:
-    """Let every LoRA layer of `model` that can be computed in one operation be so. Changes `model` itself."""
+    """Let every LoRA layer of `model` that can be computed in one operation be so; q, k and v share one product.
+
+    Changes `model` itself.
+    """
     for layer in model.modules():
         if _is_plain(layer):
             layer.__class__ = FusedLinear
         elif isinstance(layer, LoraLayer) and isinstance(layer.base_layer, Dequantizing):
             layer.__class__ = _fused_quantized(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
+    shared: dict[type[nn.Module], type[nn.Module]] = {}
+    for module in model.modules():
+        layers, own = layers_of_one_input(module), type(module)
+        if layers and all(isinstance(layer, FusedLinear) for layer in layers):
+            shared.setdefault(own, type(f"Shared{own.__name__}", (SharedInput, own), {}))
+            module.__class__ = shared[own]
     return model
 
 
@@ -115,12 +124,38 @@ def _plain_adapter(layer: Any) -> str | None:
 class FusedLinear(Linear):
     """peft's LoRA layer with another forward."""
 
+    given: tuple[Tensor, Tensor] | None = None  # an input x, and x Aᵀ
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = plain_lora(self)
         if args or kwargs or plain is None or x.dtype != plain.layer.a.dtype:
             return super().forward(x, *args, **kwargs)
         weight, a, b = plain.layer
-        return lora_linear(x, weight, plain.bias, a, b, plain.scale)
+        inner = self.given[1] if self.given is not None and self.given[0] is x else x @ a.T
+        return lora_linear(x, weight, plain.bias, inner, b, plain.scale)
+
+
+class SharedInput(nn.Module):
+    """Attention whose q, k and v read x once for their adapters: another forward; its own class stands behind it.
+
+    With A of all three below each other x Aᵀ is one product forward and two backward, in the place of three and six.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        layers: Any = layers_of_one_input(self)
+        plain = [plain_lora(layer) for layer in layers]
+        found = [each.layer.a for each in plain if each is not None and each.layer.a.dtype == x.dtype]
+        if len(found) < len(layers):
+            return super().forward(*args, **kwargs)
+        inner = (x @ torch.cat(found).T).split([a.shape[0] for a in found], dim=-1)
+        for layer, own in zip(layers, inner, strict=True):
+            layer.given = (x, own)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:  # also where memory did not suffice: what is held here could not be given back
+            for layer in layers:
+                layer.given = None
 
 
 class FusedQuantized(nn.Module):

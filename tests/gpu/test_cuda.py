@@ -87,7 +87,7 @@ def test_kernels_give_what_their_references_give_in_float64(dtype, rounding):
     x, a, b = (torch.randn(*s, device=DEVICE, dtype=dtype, requires_grad=True) for s in [(77, 64), (8, 64), (96, 8)])
     w = torch.randn(96, 64, device=DEVICE, dtype=dtype)
     exact_parts = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    out = lora_kernel.lora_linear(x, [w], None, a, b, 2.0)
+    out = lora_kernel.lora_linear(x, [w], None, x @ a.T, b, 2.0)
     ref = lora_kernel.reference(exact_parts[0], w.double(), None, exact_parts[1], exact_parts[2], 2.0)
     out.sum().backward()
     ref.sum().backward()

@@ -47,8 +47,9 @@ def results(function, x, layers, *more):
 
 def one_linear(function, bias):
     def call(x, layer, scale):
-        weight = layer.weight if function is linear_kernel.lora_linear else layer.weight[0]
-        return function(x, weight, bias, layer.a, layer.b, scale)
+        if function is linear_kernel.lora_linear:
+            return function(x, layer.weight, bias, x @ layer.a.T, layer.b, scale)
+        return function(x, layer.weight[0], bias, layer.a, layer.b, scale)
 
     return call
 
@@ -117,7 +118,9 @@ def test_the_operators_keep_the_rules_of_torch(held):
     rows = frozen_kernel.rows_of(x, layer.weight)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        torch.ops.burnish.lora_linear.default, (x, rows, layer.weight, None, layer.a, layer.b, 2.0), test_utils=checks
+        torch.ops.burnish.lora_linear.default,
+        (x, rows, layer.weight, None, x @ layer.a.T, layer.b, 2.0),
+        test_utils=checks,
     )
     torch.library.opcheck(torch.ops.burnish.lora_mlp.default, (x, *layer, *up, *down, 2.0), test_utils=checks)
     torch.library.opcheck(torch.ops.burnish.frozen_linear.default, (x, rows, layer.weight, None), test_utils=checks)
