@@ -1,10 +1,12 @@
 """The loss of the same run beside a base in bf16 and beside one in fp8.
 
     python benchmarks/gpu/fp8_curve.py --model models/SmolLM2-135M-Instruct --out results/fp8-curve.json
+    python benchmarks/gpu/fp8_curve.py --model … --dataset FILE --dataset FILE --out FILE.json
     python benchmarks/gpu/fp8_curve.py --draw results/fp8-curve.json
 
-A real model learns a real task (data/pinyin_hanzi.jsonl: Chinese from its spelling), LoRA of rank 8 on all layers,
-through `burnish train`; the two runs share the device, as nothing is timed. `--draw` puts a picture beside the file.
+A real model learns real tasks (data/pinyin_hanzi.jsonl, Chinese from its spelling, unless told otherwise), LoRA of rank
+8 on all layers, through `burnish train`; all runs share the device, as nothing is timed. `--draw` puts a picture beside
+the file.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parents[2]
 LAST = 20  # steps whose mean is the loss at the end: one step's depends on its rows more than on its numbers
+BASES = {"bf16": None, "fp8": "fp8"}
 
 
-def command(args: argparse.Namespace, base_dtype: str | None) -> list[str]:
+def command(args: argparse.Namespace, dataset: Path, base_dtype: str | None) -> list[str]:
     settings = {
-        "stage": "sft", "do_train": True, "model_name_or_path": args.model, "dataset": ROOT / "data/pinyin_hanzi.jsonl",
+        "stage": "sft", "do_train": True, "model_name_or_path": args.model, "dataset": dataset,
         "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "bf16": True, "cutoff_len": 512,
         "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": 5e-4,
         "max_steps": args.steps,
@@ -39,56 +43,67 @@ def command(args: argparse.Namespace, base_dtype: str | None) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
+    parser.add_argument("--dataset", type=Path, action="append", help="a file of rows; several are tasks of their own")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out")
     parser.add_argument("--draw", type=Path)
     args = parser.parse_args()
     if args.draw:
-        draw(json.loads(args.draw.read_text())[0]["curves"], args.draw.with_suffix(".png"))
+        draw(json.loads(args.draw.read_text()), args.draw.with_suffix(".png"))
         return
     if not (args.model and args.out):
         parser.error("give --model and --out, or --draw")
-    curves: dict[str, list[float]] = {}
-    evaluated: dict[str, float] = {}
+    datasets = args.dataset or [ROOT / "data/pinyin_hanzi.jsonl"]
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
-        for name, base_dtype in (("bf16", None), ("fp8", "fp8")):
-            words = [*command(args, base_dtype), f"output_dir={folder}/{name}"]
-            runs[name] = subprocess.Popen([sys.executable, "-m", "burnish", "train", *words], cwd=ROOT)
+        for dataset in datasets:
+            for name, base_dtype in BASES.items():
+                words = [*command(args, dataset, base_dtype), f"output_dir={folder}/{dataset.stem}-{name}"]
+                words = [sys.executable, "-m", "burnish", "train", *words]
+                runs[f"{dataset.stem}-{name}"] = subprocess.Popen(words, cwd=ROOT)
         for name, run in runs.items():
             if run.wait():
                 raise SystemExit(f"{name}: exit {run.returncode}")
-            log = json.loads(Path(folder, name, "trainer_state.json").read_text())["log_history"]
-            curves[name] = [entry["loss"] for entry in log if "loss" in entry]
-            evaluated[name] = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
+        results = [result(args, dataset, Path(folder)) for dataset in datasets]
+    Path(args.out).write_text(json.dumps(results) + "\n")
+
+
+def result(args: argparse.Namespace, dataset: Path, folder: Path) -> dict[str, Any]:
+    curves: dict[str, list[float]] = {}
+    evaluated: dict[str, float] = {}
+    for name in BASES:
+        log = json.loads((folder / f"{dataset.stem}-{name}" / "trainer_state.json").read_text())["log_history"]
+        curves[name] = [entry["loss"] for entry in log if "loss" in entry]
+        evaluated[name] = next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry)
     end = {name: sum(curve[-LAST:]) / LAST for name, curve in curves.items()}
-    words = [word for word in command(args, "fp8") if not word.startswith(("model_name", "dataset"))]
-    result = {
-        "name": "fp8-curve", "model": Path(args.model).name, "steps": args.steps, "loss_at_the_end": end,
-        "apart": end["fp8"] / end["bf16"] - 1, "eval_loss": evaluated,
+    words = [w for w in command(args, dataset, "fp8") if not w.startswith(("model_name", "dataset"))]
+    found = {
+        "name": "fp8-curve", "model": Path(args.model).name, "dataset": dataset.name, "steps": args.steps,
+        "loss_at_the_end": end, "apart": end["fp8"] / end["bf16"] - 1, "eval_loss": evaluated,
         "eval_apart": evaluated["fp8"] / evaluated["bf16"] - 1,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["burnish train", *words]),
-        "curves": curves,
     }  # fmt: skip
-    Path(args.out).write_text(json.dumps([result]) + "\n")
-    print({key: result[key] for key in ("loss_at_the_end", "apart", "eval_loss", "eval_apart")})
+    print({key: found[key] for key in ("dataset", "loss_at_the_end", "apart", "eval_loss", "eval_apart")}, flush=True)
+    return found | {"curves": curves}
 
 
-def draw(curves: dict[str, list[float]], place: Path) -> None:
+def draw(results: list[dict[str, Any]], place: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, curve in curves.items():
-        axes.plot(range(1, len(curve) + 1), curve, label=f"base in {name}", linewidth=1, alpha=0.8)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss")
-    axes.legend()
+    figure, all_axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 4), squeeze=False)
+    for axes, each in zip(all_axes[0], results, strict=True):
+        for name, curve in each["curves"].items():
+            axes.plot(range(1, len(curve) + 1), curve, label=f"base in {name}", linewidth=1, alpha=0.8)
+        axes.set_title(each["dataset"])
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss")
+        axes.legend()
     figure.tight_layout()
     figure.savefig(place, dpi=120)
 

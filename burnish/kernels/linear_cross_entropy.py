@@ -27,8 +27,8 @@ CPU_TILE = 256  # tokens; a tile's float32 logits at a vocabulary of 50k are 50 
 
 
 def gpu_tile(trained: bool) -> int:
-    """Tokens; 2,048 keep the matrix units busy (tiles of 256 lose a third). Each tile adds to the whole float32 gradient
-    of a `trained` weight: fewer of them then."""
+    """Tokens; 2,048 keep the matrix units busy (tiles of 256 lose a third). Fewer tiles where the weight is `trained`:
+    each adds to the whole of its float32 gradient."""
     return 4096 if trained else 2048
 
 

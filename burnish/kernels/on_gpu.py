@@ -185,27 +185,39 @@ def swiglu_backward(
 
 
 @triton.jit
-def _quantize_rows(x, quantized, scales, columns, largest, least, BLOCK: tl.constexpr):
-    """One row a program; the second walk over it finds it in the cache."""
+def _quantize_rows(x, quantized, scales, columns, largest, least, MAIN: tl.constexpr, REST: tl.constexpr):
+    """One row a program, held in registers between its largest number and its rounding: read once."""
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, columns, BLOCK):
-        at = start + lanes
-        most = tl.maximum(most, tl.abs(tl.load(x + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)))
-    scale = tl.maximum(tl.max(most, axis=0) / largest, least)
+    first = tl.arange(0, MAIN)
+    a = tl.load(x + row * columns + first, mask=first < columns, other=0.0).to(tl.float32)
+    most = tl.max(tl.abs(a), axis=0)
+    if REST > 0:
+        rest = MAIN + tl.arange(0, REST)
+        b = tl.load(x + row * columns + rest, mask=rest < columns, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(b), axis=0))
+        scale = tl.maximum(most / largest, least)
+        b = _within(b / scale, largest).to(quantized.dtype.element_ty)
+        tl.store(quantized + row * columns + rest, b, mask=rest < columns)
+    scale = tl.maximum(most / largest, least)
     tl.store(scales + row, scale)
-    for start in range(0, columns, BLOCK):
-        at = start + lanes
-        value = tl.load(x + row * columns + at, mask=at < columns, other=0.0).to(tl.float32) / scale
-        value = tl.where(tl.abs(value) > largest, tl.where(value > 0, largest, -largest), value)  # leaves NaN as it is
-        tl.store(quantized + row * columns + at, value.to(quantized.dtype.element_ty), mask=at < columns)
+    a = _within(a / scale, largest).to(quantized.dtype.element_ty)
+    tl.store(quantized + row * columns + first, a, mask=first < columns)
+
+
+@triton.jit
+def _within(value, largest):
+    """Leaves NaN as it is."""
+    return tl.where(tl.abs(value) > largest, tl.where(value > 0, largest, -largest), value)
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype, largest: float, least: float) -> tuple[Tensor, Tensor]:
     """x [M, K] → x / scales in `dtype` [M, K], and the scales [M] float32: the largest of a row over `largest`."""
     rows, columns = x.shape
     quantized, scales = torch.empty_like(x, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
-    block = min(4096, max(256, triton.next_power_of_2(columns)))
-    _quantize_rows[(rows,)](x, quantized, scales, columns, largest, least, BLOCK=block, num_warps=block // 512 or 1)
+    main, rest = triton.next_power_of_2(columns), 0
+    if main > 4096 and columns <= 0.875 * main:  # two powers of two leave fewer lanes idle than one
+        main //= 2
+        rest = triton.next_power_of_2(columns - main)
+    warps = min(32, max(4, triton.next_power_of_2((main + rest) // 2048)))
+    _quantize_rows[(rows,)](x, quantized, scales, columns, largest, least, MAIN=main, REST=rest, num_warps=warps)
     return quantized, scales

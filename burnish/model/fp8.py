@@ -1,10 +1,10 @@
 """`base_dtype: fp8`: the frozen linear layers of the blocks held and multiplied in fp8 (kernels/frozen_linear.py).
 
 One idea: the weights are rounded once, when the model has been loaded, and from there on training, evaluation and
-answers compute with the same numbers. The last block, embedding, head, norms, routers, experts in one parameter and what
-is trained keep their dtype: rounded, the last block alone would cost more than a third of what all blocks cost together
-(docs/performance.md). A layer's `weight` holds bytes, as bitsandbytes' do, so that whatever asks whether a weight is
-quantized (quantized.py) is answered alike.
+answers compute with the same numbers. The last block, embedding, head, norms, routers, experts in one parameter and
+what is trained keep their dtype: rounded, the last block alone would cost more than a third of what all blocks cost
+together (docs/performance.md). A layer's `weight` holds bytes, as bitsandbytes' do, so that whatever asks whether a
+weight is quantized (quantized.py) is answered alike.
 """
 
 from __future__ import annotations

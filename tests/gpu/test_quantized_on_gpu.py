@@ -140,8 +140,8 @@ def plain_base(folder, bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_steps_of_the_real_model_follow_transformers_and_peft(bits, tmp_path, fixture_path):
-    """Theirs: padded batches, adapters in float32 without autocast; in 4 bits on bitsandbytes' own layers, in 8 on plain
-    ones of the same numbers (its own round what they multiply, too)."""
+    """Theirs: padded batches, adapters in float32 without autocast; in 4 bits on bitsandbytes' own layers, in 8 on
+    plain ones of the same numbers (its own round what they multiply, too)."""
     folder = smollm2(fixture_path)
     rows = real_rows(AutoTokenizer.from_pretrained(folder), 8 * 20)
     model = tuned(folder, bits, torch.bfloat16, lora_rank=8)
