@@ -218,6 +218,5 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, largest: float, least: float) -
     if main > 4096 and columns <= 0.875 * main:  # two powers of two leave fewer lanes idle than one
         main //= 2
         rest = triton.next_power_of_2(columns - main)
-    warps = min(32, max(4, triton.next_power_of_2((main + rest) // 2048)))
-    _quantize_rows[(rows,)](x, quantized, scales, columns, largest, least, MAIN=main, REST=rest, num_warps=warps)
+    _quantize_rows[(rows,)](x, quantized, scales, columns, largest, least, MAIN=main, REST=rest, num_warps=8)
     return quantized, scales

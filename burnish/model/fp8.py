@@ -1,10 +1,9 @@
 """`base_dtype: fp8`: the frozen linear layers of the blocks held and multiplied in fp8 (kernels/frozen_linear.py).
 
 One idea: the weights are rounded once, when the model has been loaded, and from there on training, evaluation and
-answers compute with the same numbers. The last block, embedding, head, norms, routers, experts in one parameter and
-what is trained keep their dtype: rounded, the last block alone would cost more than a third of what all blocks cost
-together (docs/performance.md). A layer's `weight` holds bytes, as bitsandbytes' do, so that whatever asks whether a
-weight is quantized (quantized.py) is answered alike.
+answers compute with the same numbers. Embedding, head, norms, routers, experts in one parameter and what is trained
+keep their dtype. A layer's `weight` holds bytes, as bitsandbytes' do, so that whatever asks whether a weight is
+quantized (quantized.py) is answered alike.
 """
 
 from __future__ import annotations
@@ -37,9 +36,6 @@ class Fp8Linear(nn.Linear):
 
 def hold_layers_in_fp8(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
     """Let each plain linear layer among `layers` become an Fp8Linear, where it stands; the others are counted.
-
-    `layers`: the linear ones of all blocks but the last.
-
     `dtype`: of what the model computes. Raises UserError where there is no layer to hold.
     """
     layers = list(layers)
@@ -53,9 +49,9 @@ def hold_layers_in_fp8(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
     if not held:
         message = "holds no layer of this model: none is a plain linear one whose sides are whole numbers of 16"
         raise UserError(Problem("base_dtype", "", "fp8", message, "leave it out"))
-    line = f"{len(held)} layers held in fp8, not the last block"
+    line = f"{len(held)} layers held in fp8"
     if left:
-        line += f" and {left} layers more (no plain linear layer, or a side that is no whole number of 16)"
+        line += f", {left} as they are (no plain linear layer, or a side that is no whole number of 16)"
     slower = "; multiplied in more bits, and slower than without: "
     if not has_fp8_units(held[0].weight.device):
         line += f"{slower}this device has no fp8 matrix units with a scale for every row"

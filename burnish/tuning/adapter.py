@@ -22,7 +22,7 @@ from burnish.model.fp8 import hold_layers_in_fp8
 from burnish.model.patch import size_of
 from burnish.model.quantized import is_quantized
 from burnish.tuning.arguments import FinetuningArguments
-from burnish.tuning.blocks import block_of, find_blocks, linear_layers, text_modules
+from burnish.tuning.blocks import linear_layers, text_modules
 from burnish.tuning.freeze import init_freeze
 from burnish.tuning.lora import init_lora, load_adapter, merge_adapters
 
@@ -33,9 +33,7 @@ def init_adapter(
     """The model to train (`requires_grad` set on every parameter), or to ask. `model` itself is changed."""
     adapters = list(model_args.adapter_name_or_path or [])
     if model_args.base_dtype == "fp8":
-        last = [*find_blocks(model)][-1:]
-        held = (layer for path, layer in linear_layers(model).items() if block_of(path, last) is None)
-        hold_layers_in_fp8(held, model.dtype)
+        hold_layers_in_fp8(linear_layers(model).values(), model.dtype)
     if is_quantized(model) and (problems := what_quantized_cannot(model_args, args, trainable=trainable)):
         raise UserError(problems)
     if not trainable and adapters and is_quantized(model):  # beside the weights: merged they would be rounded again

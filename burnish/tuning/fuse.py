@@ -34,15 +34,19 @@ def fuse_lora(model: Model) -> Model:
     for layer in model.modules():
         if _is_plain(layer):
             layer.__class__ = FusedLinear
+            layer.given = None  # pyright: ignore
         elif isinstance(layer, LoraLayer) and isinstance(layer.base_layer, Dequantizing):
             layer.__class__ = _fused_quantized(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
-    shared: dict[type[nn.Module], type[nn.Module]] = {}
     for module in model.modules():
-        layers, own = layers_of_one_input(module), type(module)
-        if layers and all(isinstance(layer, FusedLinear) for layer in layers):
-            shared.setdefault(own, type(f"Shared{own.__name__}", (SharedInput, own), {}))
-            module.__class__ = shared[own]
+        layers = layers_of_one_input(module)
+        if layers and all(isinstance(layer, FusedLinear) for layer in layers) and not isinstance(module, SharedInput):
+            module.__class__ = _shared(type(module))
     return model
+
+
+@cache
+def _shared(own: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Shared{own.__name__}", (SharedInput, own), {})
 
 
 def _is_plain(layer: Any) -> bool:
@@ -124,7 +128,8 @@ def _plain_adapter(layer: Any) -> str | None:
 class FusedLinear(Linear):
     """peft's LoRA layer with another forward."""
 
-    given: tuple[Tensor, Tensor] | None = None  # an input x, and x Aᵀ
+    # An input x, and x Aᵀ. Set on every layer from the start: compiled code looks whether it is there.
+    given: tuple[Tensor, Tensor] | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = plain_lora(self)

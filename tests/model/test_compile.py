@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from processes import make_run
 from small import arguments, samples, small_model, trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.cli import main
 from burnish.data.loader import collate
@@ -18,7 +19,7 @@ from burnish.model.compile import compile_blocks
 from burnish.model.head import CausalLoss, unwrap
 from burnish.model.probe import choose_path, try_out
 from burnish.tuning.blocks import find_blocks
-from burnish.tuning.fuse import FusedMlp, fuse_lora, fuse_mlp
+from burnish.tuning.fuse import FusedLinear, FusedMlp, SharedInput, fuse_lora, fuse_mlp
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +74,51 @@ def test_all_blocks_share_what_is_compiled_once():
         compiled(adapted(num_hidden_layers=blocks))
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[1] > 0
+
+
+class Counting(TorchDispatchMode):
+    """How many matrix products are made outside of burnish's operators."""
+
+    products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_q_k_and_v_read_their_input_once_for_their_adapters():
+    """Eager and compiled: the same gradients as each layer by itself, and nothing is held when the pass is over."""
+    batch, alone, shared = collate(samples(4)), adapted(), adapted()
+    layers = [each for each in shared.modules() if isinstance(each, FusedLinear)]
+    assert sum(isinstance(each, SharedInput) for each in shared.modules()) == 3
+    for module in alone.modules():
+        if isinstance(module, SharedInput):
+            module.__class__ = type(module).__mro__[2]
+    assert not any(isinstance(each, SharedInput) for each in alone.modules())
+    choose_path(alone), choose_path(shared)
+    loss, wanted = loss_and_gradients(alone, batch)
+    made = {}
+    for name, model in [("alone", alone), ("shared", shared)]:
+        with Counting() as counted:
+            loss_and_gradients(model, batch)
+        made[name] = counted.products
+    # t and ∂A in three blocks, and ∂x in all but the first: one in the place of three
+    assert made["alone"] - made["shared"] == 3 * (2 + 2) + 2 * 2
+    for model in (shared, compiled(shared)):
+        again, got = loss_and_gradients(model, batch)
+        assert again == pytest.approx(loss, rel=1e-6) and got.keys() == wanted.keys()
+        assert all((got[name] - value).norm() <= 1e-5 * value.norm() for name, value in wanted.items())
+        assert all(layer.given is None for layer in layers)
+
+
+def test_what_is_shared_is_let_go_of_where_a_pass_fails():
+    model = adapted()
+    choose_path(model)
+    layers = [each for each in model.modules() if isinstance(each, FusedLinear)]
+    unwrap(model).model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        CausalLoss(model, fused=True)(collate(samples(2)))
+    assert all(layer.given is None for layer in layers)
 
 
 def test_a_swiglu_block_is_one_operation_with_the_same_result():

@@ -62,9 +62,8 @@ def test_the_blocks_linear_layers_are_held_in_fp8_and_nothing_else(tmp_path, fam
         assert 0 < distance(dequantized(layer.frozen), whole.get_submodule(path).weight) < 0.04
         assert not any(p.requires_grad for p in layer.parameters())
     linear = {path for path, each in whole.named_modules() if type(each) is torch.nn.Linear}
-    linear = {path for path in linear if path != "lm_head" and not path.endswith(("mlp.gate", "router"))}
-    assert held.keys() == {path for path in linear if "layers.2." not in path} and held.keys() < linear
-    assert f"{len(held)} layers held in fp8, not the last block" in "".join(capsys.readouterr())
+    assert held.keys() == {path for path in linear if path != "lm_head" and not path.endswith(("mlp.gate", "router"))}
+    assert f"{len(held)} layers held in fp8" in "".join(capsys.readouterr())
     assert parameter_table(model).all - parameter_table(model).trainable == parameter_table(whole).all
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
@@ -153,7 +152,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_as_the_whole_one(run, tmp_pat
 def test_what_is_asked_is_the_fp8_base_with_the_adapter_beside_it(run):
     _, folder = run
     engine = load_engine(parse_command("chat", [str(folder / "out" / "burnish.yaml"), "use_cpu=true"]))
-    assert len(held_layers(engine.model)) == 7 * 2 and not any(p.requires_grad for p in engine.model.parameters())
+    assert len(held_layers(engine.model)) == 7 * 3 and not any(p.requires_grad for p in engine.model.parameters())
     assert engine.generate([[5, 6, 7]], do_sample=False, max_new_tokens=4)[0]
     args = ModelArguments(
         model_name_or_path=str(folder / "model"), base_dtype="fp8", adapter_name_or_path=[str(folder / "out")]
