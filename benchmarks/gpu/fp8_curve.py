@@ -53,7 +53,10 @@ def main() -> None:
         return
     if not (args.model and args.out):
         parser.error("give --model and --out, or --draw")
-    datasets = args.dataset or [ROOT / "data/pinyin_hanzi.jsonl"]
+    datasets = [file.resolve() for file in args.dataset or [ROOT / "data/pinyin_hanzi.jsonl"]]
+    if len({file.stem for file in datasets}) < len(datasets):
+        parser.error("two files of one name")
+    args.model = Path(args.model).resolve()
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
         for dataset in datasets:

@@ -11,7 +11,8 @@ Formula (Hu et al., LoRA, arXiv 2106.09685), x [M, K], W [N, K] frozen, A [r, K]
 
 Autograd over peft's own layer makes four passes more over [M, N] (scale, add, and both again backward).
 
-t is given, not made here, so that layers of one input (q, k and v) can share the product that makes it.
+t is given, not made here, so that layers of one input (q, k and v) can share the product that makes it; autograd of
+that product gives ∂t A, which it adds to ∂y W, and ∂A.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, largest: float, least: float) -
     rows, columns = x.shape
     quantized, scales = torch.empty_like(x, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
     main, rest = triton.next_power_of_2(columns), 0
-    if main > 4096 and columns <= 0.875 * main:  # two powers of two leave fewer lanes idle than one
+    if main > 4096 and columns <= 0.75 * main:  # two powers of two leave fewer lanes idle than one
         main //= 2
         rest = triton.next_power_of_2(columns - main)
     _quantize_rows[(rows,)](x, quantized, scales, columns, largest, least, MAIN=main, REST=rest, num_warps=8)

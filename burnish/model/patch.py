@@ -65,7 +65,7 @@ def swiglu_layers(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module] | 
 
 
 def layers_of_one_input(attention: nn.Module) -> tuple[nn.Module, ...]:
-    """The layers of an attention that read the same, as most families call them. A name that misleads costs time."""
+    """The layers of an attention that read the same, as most families call them. Where they do not, time is lost."""
     children = dict(attention.named_children())
     names = ("q_proj", "k_proj", "v_proj")
     return tuple(children[name] for name in names) if children.keys() >= set(names) else ()

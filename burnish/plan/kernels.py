@@ -75,7 +75,7 @@ def _large(weight: list[Any], width: int, into: int, size: int, *, adds: bool = 
 
 
 def _rounded(weight: list[Any], width: int, size: int) -> Iterator[Kernel]:
-    """Rows to fp8: read for their largest number (the second time from the cache), written in one byte."""
+    """Rows to fp8: read once, written in one byte."""
     if len(weight) > 1:
         yield Kernel("element-wise", 0.0, Amount(width * (size + 1)))
 

@@ -8,7 +8,7 @@ A class takes the place of a class, not a function that of each layer's: torch.c
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -128,7 +128,8 @@ def _plain_adapter(layer: Any) -> str | None:
 class FusedLinear(Linear):
     """peft's LoRA layer with another forward."""
 
-    # An input x, and x Aᵀ. Set on every layer from the start: compiled code looks whether it is there.
+    # An input x, and x Aᵀ. `fuse_lora` sets it on every layer: None on the class and a value on a layer are two states
+    # to compiled code, which would be compiled again for each.
     given: tuple[Tensor, Tensor] | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -147,20 +148,26 @@ class SharedInput(nn.Module):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if hasattr(self, "ds_id"):  # ZeRO-3 gives each layer an x of its own, and would hold here what is read here
+            return super().forward(*args, **kwargs)
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(args), None)
         layers: Any = layers_of_one_input(self)
         plain = [plain_lora(layer) for layer in layers]
-        found = [each.layer.a for each in plain if each is not None and each.layer.a.dtype == x.dtype]
-        if len(found) < len(layers):
+        found = [each.layer.a for each in plain if each is not None]
+        if not isinstance(x, Tensor) or len(found) < len(layers) or not all(map(partial(_fits, x), found)):
             return super().forward(*args, **kwargs)
         inner = (x @ torch.cat(found).T).split([a.shape[0] for a in found], dim=-1)
         for layer, own in zip(layers, inner, strict=True):
             layer.given = (x, own)
         try:
             return super().forward(*args, **kwargs)
-        finally:  # also where memory did not suffice: what is held here could not be given back
+        finally:  # also where memory did not suffice: the layers would keep x alive
             for layer in layers:
                 layer.given = None
+
+
+def _fits(x: Tensor, a: Tensor) -> bool:
+    return a.dtype == x.dtype and a.shape[1] == x.shape[-1]
 
 
 class FusedQuantized(nn.Module):

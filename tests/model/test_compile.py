@@ -111,11 +111,39 @@ def test_q_k_and_v_read_their_input_once_for_their_adapters():
         assert all(layer.given is None for layer in layers)
 
 
+def twice_as_wide(_module, args, kwargs):
+    return args, kwargs | {"hidden_states": torch.cat([kwargs["hidden_states"]] * 2, dim=-1)}
+
+
+def test_layers_that_read_something_else_under_the_same_names_compute_as_they_are_written():
+    model = adapted()
+    choose_path(model)
+    batch = collate(samples(3))
+    loss, wanted = loss_and_gradients(model, batch)
+    for attention in [each for each in model.modules() if isinstance(each, SharedInput)]:
+
+        class Halving(type(attention).__mro__[2]):
+            def forward(self, hidden_states, **others):
+                return super().forward(hidden_states.chunk(2, dim=-1)[0], **others)
+
+        attention.__class__ = type("SharedHalving", (SharedInput, Halving), {})
+        attention.register_forward_pre_hook(twice_as_wide, with_kwargs=True)
+    again, got = loss_and_gradients(model, batch)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert all((got[name] - value).norm() <= 1e-5 * value.norm() for name, value in wanted.items())
+
+
 def test_what_is_shared_is_let_go_of_where_a_pass_fails():
     model = adapted()
     choose_path(model)
     layers = [each for each in model.modules() if isinstance(each, FusedLinear)]
-    unwrap(model).model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: 1 / 0)
+    attention = unwrap(model).model.layers[1].self_attn
+
+    def fail(*_):
+        assert attention.v_proj.given is not None
+        raise ZeroDivisionError
+
+    attention.o_proj.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
         CausalLoss(model, fused=True)(collate(samples(2)))
     assert all(layer.given is None for layer in layers)

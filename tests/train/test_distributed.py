@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run
-from processes import ROOT, environment, losses, make_run, run, start, weights
+from processes import ROOT, environment, losses, make_run, run, run_script, start, weights
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -380,3 +380,11 @@ def test_a_process_that_was_killed_is_named(
         ranks.launch(["train"], devices=4)
     assert ended.value.code == status
     assert capsys.readouterr().err == f"process 3 was ended by {by}\n"
+
+
+def test_zero_3_holds_no_more_weights_the_deeper_the_backward_pass_is(tmp_path: Path) -> None:
+    """Weights that an attention read for its layers would stay until the step is over."""
+    pytest.importorskip("deepspeed")
+    run_script(1, Path(__file__).with_name("zero3_weights.py"), str(tmp_path / "held.json"))
+    steps = json.loads((tmp_path / "held.json").read_text())
+    assert len(steps) == 2 and all(len(held) == 3 and max(held) == min(held) for held in steps), steps
