@@ -11,6 +11,15 @@ import numpy as np
 from burnish.types import IGNORE_INDEX, Sample
 
 ROOT = Path(__file__).parents[1]
+LINEAR = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+]  # its layers that an adapter goes beside
 
 
 def smollm2(fixture_path) -> Path:

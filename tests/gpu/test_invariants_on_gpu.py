@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from real import real_rows, smollm2
+from real import LINEAR, real_rows, smollm2
 from small import CONFIGS, arguments, on_the_fast_path, samples, small_model, trainer, tuned
 from theirs import collator, padded, run_of_plain
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +41,6 @@ CONFIGS["the first qwen"] = QWenConfig
 KINDS = ["qwen3", "llama", "the first qwen"]
 METHODS = ["full", "freeze", "lora", "fp8"]
 FP8 = {"loss": 1e-2, "gradient": 0.2}  # allowed beside a base in fp8, whose inputs are rounded too: to 4 % each
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Place(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from families import SHAPE, ids, save, shake
 from peft import LoraConfig, get_peft_model
-from real import real_rows, smollm2
+from real import LINEAR, real_rows, smollm2
 from small import arguments, trainer
 from theirs import run_of_plain
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
@@ -39,7 +39,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 BITS = [4, 8]
 KINDS = {4: Linear4bit, 8: Linear8bitLt}
 FLOATS = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def load(folder, bits, dtype):
@@ -178,7 +177,6 @@ def test_a_command_trains_goes_on_and_answers(bits, tmp_path, fixture_path):
         "per_device_train_batch_size=8", "gradient_accumulation_steps=1", "learning_rate=2e-4", "logging_steps=1",
         "val_size=0.1", "eval_strategy=steps", "eval_steps=4", "save_strategy=steps",
     ]  # fmt: skip
-    torch.cuda.reset_peak_memory_stats()
     assert main(["train", *words, f"output_dir={tmp_path / 'out'}"]) == 0
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     losses, norms = ([line[name] for line in log if name in line] for name in ("loss", "grad_norm"))

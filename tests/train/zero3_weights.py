@@ -28,11 +28,10 @@ def main(file: Path) -> None:
     stage = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
     stage |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     how = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True, "zero_optimization": stage}
+    how |= {"zero_force_ds_cpu_optimizer": False}
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.AdamW(trained, 1e-3), dist_init_required=False,
-        config=how | {"zero_force_ds_cpu_optimizer": False},
-    )  # fmt: skip
+    optimizer = torch.optim.AdamW(trained, 1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, dist_init_required=False, config=how)
     steps: list[list[int]] = []
 
     def note(*_: object) -> None:
