@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+# A norm's gradients to its input and to its weight sum over different axes of the same numbers: one kernel for both,
+# whatever number of tokens the blocks are compiled with.
+OPTIONS = {"triton.mix_order_reduction_non_strict_mode": True}
+
 
 def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> str:
     """Let each block be compiled, and `try_out` run them; → why they were left as they are, or "".
@@ -24,7 +28,7 @@ def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> 
     """
     blocks = list(blocks)
     for block in blocks:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, options=OPTIONS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler about itself
