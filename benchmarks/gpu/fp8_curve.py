@@ -96,7 +96,8 @@ def result(args: argparse.Namespace, dataset: Path, seed: int, folder: Path) -> 
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["burnish train", *words]),
     }  # fmt: skip
-    print({key: found[key] for key in ("dataset", "seed", "loss_at_the_end", "apart", "eval_loss", "eval_apart")}, flush=True)
+    shown = ("dataset", "seed", "loss_at_the_end", "apart", "eval_loss", "eval_apart")
+    print({key: found[key] for key in shown}, flush=True)
     return found | {"curves": curves}
 
 

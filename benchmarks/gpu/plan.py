@@ -42,8 +42,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-7b-packed-4096": ("7b", sft.LORA | sft.PACKED | {"cutoff_len": 4096}),
     "lora-7b-packed-16384": ("7b", sft.LORA | sft.PACKED | {"cutoff_len": 16384}),
     "lora-7b-checkpointing": ("7b", sft.LORA | sft.PACKED | {"gradient_checkpointing": True}),
-    "freeze-7b": ("7b", sft.BASE | sft.PACKED | {"finetuning_type": "freeze", "learning_rate": 1e-5}),
-    "lora-1.5b-packed": ("1.5b", sft.LORA | sft.PACKED),
+    "freeze-7b": sft.RUNS["freeze-7b"],
+    "lora-1.5b-packed": sft.RUNS["lora-1.5b-packed"],
     "full-0.5b-packed": ("0.5b", FULL),
     "full-0.5b-default": ("0.5b", sft.BASE | sft.DEFAULT | {"finetuning_type": "full", "learning_rate": 1e-5}),
 }

@@ -44,6 +44,7 @@ RUNS = {
         "1.5b", BASE | PACKED | {"finetuning_type": "full", "per_device_train_batch_size": 2, "learning_rate": 1e-5}
     ),
     "lora-7b-checkpointed": ("7b", LORA | PACKED | {"gradient_checkpointing": True}),
+    "freeze-7b": ("7b", BASE | PACKED | {"finetuning_type": "freeze", "learning_rate": 1e-5}),
     "lora-1.5b-packed": ("1.5b", LORA | PACKED),
     "full-0.5b-packed": ("0.5b", BASE | PACKED | {"finetuning_type": "full", "learning_rate": 1e-5}),
     "lora-0.5b-packed": ("0.5b", LORA | PACKED),

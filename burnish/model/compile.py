@@ -16,19 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-# A norm's gradients to its input and to its weight sum over different axes of the same numbers: one kernel for both,
-# whatever number of tokens the blocks are compiled with.
-OPTIONS = {"triton.mix_order_reduction_non_strict_mode": True}
-
 
 def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> str:
     """Let each block be compiled, and `try_out` run them; → why they were left as they are, or "".
 
-    Names, weights and hooks of the blocks stay as they were.
+    Names, weights and hooks of the blocks stay as they were. What was compiled of another model is compiled again when
+    it is called: to see whether it fits these blocks, it would read of them what they do not have.
     """
     blocks = list(blocks)
+    torch._dynamo.reset()
     for block in blocks:
-        block.compile(dynamic=True, options=OPTIONS)
+        block.compile(dynamic=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler about itself
