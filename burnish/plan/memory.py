@@ -72,7 +72,8 @@ class Memory:
 def most_memory(shape: Shape, held: Held, each: Pass, *, recomputed: int, passes: int) -> Memory:
     """`recomputed`: how many blocks, from the first on, keep their input alone. `passes` of the step."""
     stays = _what_stays(shape, held)
-    moments = _Moments(shape, held, each, recomputed, after_another=passes > 1)
+    # Gradients that recorded passes add to keep their place from step to step (graphs.Gradients).
+    moments = _Moments(shape, held, each, recomputed, after_another=passes > 1 or held.recorded)
     name, rest = max(moments.all(), key=lambda moment: sum(moment[1].values()))
     own = 0.0
     if held.recorded:  # beside them stand hidden states and their gradient, which recordings share (model/graphs.py)

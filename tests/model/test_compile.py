@@ -86,6 +86,22 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(
+    "make, graphs",
+    [(adapted, 2), (lambda: small_model("llama", num_hidden_layers=3), 1)],  # with ∂x and, beside adapters, without
+    ids=["lora", "full"],
+)
+def test_blocks_are_one_graph(make, graphs, monkeypatch):
+    """Attention document by document, the only thing that is not compiled, and not used on a GPU, is left out."""
+    model = fuse_mlp(make())
+    assert choose_path(model).padding_free
+    monkeypatch.setattr("burnish.model.attention._by_document", lambda query, *_: query.transpose(1, 2))
+    torch._dynamo.utils.counters.clear()
+    compiled(model)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 def test_q_k_and_v_read_their_input_once_for_their_adapters():
     """Eager and compiled: the same gradients as each layer by itself, and nothing is held when the pass is over."""
     batch, alone, shared = collate(samples(4)), adapted(), adapted()
