@@ -125,6 +125,7 @@ CALIBRATED_ON = {  # what the figures of burnish/plan/speed.py and memory.py wer
     "full-1.5b-packed": ["speed", "memory"],
     "lora-0.5b-packed": ["speed", "memory"],
     "lora-0.5b-default": ["memory"],
+    "full-0.5b-packed": ["memory"],
 }
 
 

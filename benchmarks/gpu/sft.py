@@ -67,9 +67,8 @@ class Clock(TrainerCallback):
         self.flops = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **_):
-        trains_all = all(p.requires_grad for p in model.parameters())
         torch.cuda.reset_peak_memory_stats()
-        self.flops = flops_per_token(model, trains_all=trains_all)
+        self.flops = flops_per_token(model)
 
     def on_step_end(self, args, state, control, **_):
         event = torch.cuda.Event(enable_timing=True)

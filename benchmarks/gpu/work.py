@@ -7,6 +7,8 @@ that are one token each. Weights are random: how long a matrix product takes doe
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -60,14 +62,27 @@ def _words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [text for text in texts if text[0] == " " and text[1:].isalpha() and text.isascii() and text.islower()]
 
 
-def flops_per_token(model: torch.nn.Module, *, trains_all: bool) -> float:
-    """4 for each weight that multiplies (forward, and the gradient to activations), 6 where it is trained itself.
+def flops_per_token(model: torch.nn.Module) -> float:
+    """6 for each weight that multiplies and is trained (forward, the gradient to activations, its own), 4 for a frozen
+    one, and 2 for one below every block that is trained, where no gradient goes.
 
     All matrices count but the embedding, which only looks up; tied to the head it counts once. Attention's own products
     and anything computed twice do not.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    frozen_matrices = [(name, p) for name, p in inner.named_parameters() if p.dim() >= 2 and "lora_" not in name]
+    parameters = dict(inner.named_parameters())
     tied = inner.config.tie_word_embeddings
-    count = sum(p.numel() for name, p in frozen_matrices if tied or "embed_tokens" not in name)
-    return (6 if trains_all else 4) * count
+    first = min(_depth(name) for name, p in parameters.items() if p.requires_grad)
+    total = 0
+    for name, p in parameters.items():
+        if p.dim() < 2 or "lora_" in name or ("embed_tokens" in name and not tied):
+            continue
+        below = "embed_tokens" not in name and _depth(name) < first
+        total += p.numel() * (6 if p.requires_grad else 2 if below else 4)
+    return total
+
+
+def _depth(name: str) -> float:
+    """Of a parameter: its block's number, and what stands before and behind all blocks."""
+    block = re.search(r"\.layers\.(\d+)\.", name)
+    return int(block[1]) if block else -1 if "embed_tokens" in name else math.inf
