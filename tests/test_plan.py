@@ -204,6 +204,16 @@ def test_weights_and_what_trains_them_are_counted_as_they_are_held(tmp_path):
     assert divided.parts["optimizer state"] == 2 * count and divided.parts["weights"] == parts["weights"] / 4
 
 
+def test_gradients_of_recorded_passes_are_there_at_every_moment(tmp_path):
+    """In float32, also while the head has its logits."""
+    shape, each = small_shape(tmp_path, kind="full"), Pass(8192, 8192, 8192.0**2, 8192)
+    plain, recorded = (
+        most_memory(shape, Held("adamw_torch", recorded=how), each, recomputed=0, passes=1) for how in (False, True)
+    )
+    assert recorded.parts["gradients"] == 4 * shape.trained
+    assert recorded.moment == plain.moment and plain.parts.get("gradients", 0) < shape.trained
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
