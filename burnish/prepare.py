@@ -13,7 +13,7 @@ from typing import Any
 from burnish import console
 from burnish.arguments.settings import Settings
 from burnish.kernels.fast_path import has_kernels
-from burnish.model.compile import compile_blocks
+from burnish.model.compile import compile_blocks, why_in_pieces
 from burnish.model.cuda_recorder import CudaRecorder
 from burnish.model.graphs import has_dropout, pays
 from burnish.model.head import unwrap
@@ -68,7 +68,12 @@ def _compile(model: Any, path: ForwardPath, args: Any) -> None:
         if has_kernels(args.device):  # without its kernels the operation is no gain
             fuse_mlp(model)
         why = compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model))
-    console.say(f"blocks are not compiled: {why}" if why else f"blocks compiled in {time.monotonic() - started:.0f} s")
+    if why:
+        console.say(f"blocks are not compiled: {why}")
+        return
+    pieces = why_in_pieces()
+    in_pieces = f", in pieces: {pieces}" if pieces else ""
+    console.say(f"blocks compiled in {time.monotonic() - started:.0f} s{in_pieces}")
 
 
 def may_recompute(settings: Settings, args: Any, model: Any) -> Recompute | None:

@@ -25,6 +25,7 @@ def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> 
     """
     blocks = list(blocks)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for block in blocks:
         block.compile(dynamic=True)
     try:
@@ -36,6 +37,23 @@ def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> 
             block._compiled_call_impl = None
         torch._dynamo.reset()
         return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
+
+
+def why_in_pieces() -> str:
+    """What cut the blocks that were compiled last into several graphs, or "": torch goes on without a word.
+
+    Attention document by document, which a GPU has in float32 alone, is meant to stand between two.
+    """
+    counters = torch._dynamo.utils.counters
+    reasons = list(counters["graph_break"])
+    # A function may be left uncompiled, where those that it calls are not.
+    if counters["frames"]["ok"] < counters["frames"]["total"]:
+        reasons += counters["unimplemented"]
+    for reason in reasons:
+        if "_by_document" not in reason:
+            context = reason.partition("Developer debug context:")[2].strip()
+            return ": ".join(part.splitlines()[0] for part in (reason.strip(), context) if part)
     return ""
 
 

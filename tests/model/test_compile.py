@@ -15,7 +15,7 @@ from burnish.cli import main
 from burnish.data.loader import collate
 from burnish.errors import RunStopped
 from burnish.model.attention import ATTENTION_NAME
-from burnish.model.compile import compile_blocks
+from burnish.model.compile import compile_blocks, why_in_pieces
 from burnish.model.head import CausalLoss, unwrap
 from burnish.model.probe import choose_path, try_out
 from burnish.tuning.blocks import find_blocks
@@ -101,6 +101,19 @@ def test_blocks_are_one_graph(make, graphs, monkeypatch):
     compiled(model)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_what_cuts_a_block_into_pieces_is_told():
+    model = compiled(adapted())
+    assert why_in_pieces() == ""  # attention document by document is meant to
+    norm = find_blocks(unwrap(model))["model.layers.0"].input_layernorm
+    whole = type(norm).forward
+    type(norm).forward = lambda self, x: torch._dynamo.graph_break() or whole(self, x)
+    try:
+        compiled(model)
+    finally:
+        type(norm).forward = whole
+    assert "torch._dynamo.graph_break()" in why_in_pieces() and "\n" not in why_in_pieces()
 
 
 def test_q_k_and_v_read_their_input_once_for_their_adapters():
