@@ -11,15 +11,8 @@ import numpy as np
 from burnish.types import IGNORE_INDEX, Sample
 
 ROOT = Path(__file__).parents[1]
-LINEAR = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-]  # its layers that an adapter goes beside
+# Its layers that an adapter goes beside.
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def smollm2(fixture_path) -> Path:

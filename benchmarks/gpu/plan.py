@@ -30,7 +30,6 @@ import torch
 from transformers import Qwen2Config
 from work import SHAPES, make_model, make_rows
 
-FULL = sft.BASE | sft.PACKED | {"finetuning_type": "full", "learning_rate": 1e-5}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     # what the plan's shares were measured on
     "lora-7b-packed": sft.RUNS["lora-7b-packed"],
@@ -44,7 +43,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-7b-checkpointing": ("7b", sft.LORA | sft.PACKED | {"gradient_checkpointing": True}),
     "freeze-7b": sft.RUNS["freeze-7b"],
     "lora-1.5b-packed": sft.RUNS["lora-1.5b-packed"],
-    "full-0.5b-packed": ("0.5b", FULL),
+    "full-0.5b-packed": sft.RUNS["full-0.5b-packed"],
     "full-0.5b-default": ("0.5b", sft.BASE | sft.DEFAULT | {"finetuning_type": "full", "learning_rate": 1e-5}),
 }
 STEPS = 10  # timed, after sft.NOT_TIMED

@@ -97,22 +97,18 @@ def test_blocks_are_one_graph(make, graphs, monkeypatch):
     model = fuse_mlp(make())
     assert choose_path(model).padding_free
     monkeypatch.setattr("burnish.model.attention._by_document", lambda query, *_: query.transpose(1, 2))
-    torch._dynamo.utils.counters.clear()
     compiled(model)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_what_cuts_a_block_into_pieces_is_told():
+def test_what_cuts_a_block_into_pieces_is_told(monkeypatch):
     model = compiled(adapted())
     assert why_in_pieces() == ""  # attention document by document is meant to
-    norm = find_blocks(unwrap(model))["model.layers.0"].input_layernorm
-    whole = type(norm).forward
-    type(norm).forward = lambda self, x: torch._dynamo.graph_break() or whole(self, x)
-    try:
-        compiled(model)
-    finally:
-        type(norm).forward = whole
+    norm = type(find_blocks(unwrap(model))["model.layers.0"].input_layernorm)
+    whole = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: torch._dynamo.graph_break() or whole(self, x))
+    compiled(model)
     assert "torch._dynamo.graph_break()" in why_in_pieces() and "\n" not in why_in_pieces()
 
 
