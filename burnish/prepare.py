@@ -27,7 +27,7 @@ from burnish.train.distributed import stage_of
 from burnish.train.passes import AUTO
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.blocks import find_blocks
-from burnish.tuning.fuse import fuse_lora, fuse_mlp
+from burnish.tuning.fuse import fuse_lora, fuse_mlp, fuse_qkv
 
 
 def load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, ForwardPath]:
@@ -65,8 +65,9 @@ def _compile(model: Any, path: ForwardPath, args: Any) -> None:
     elif is_dequantized(model):
         why = "weights that bitsandbytes holds"
     else:
-        if has_kernels(args.device):  # without its kernels the operation is no gain
+        if has_kernels(args.device):  # without a GPU's kernels these are no gain
             fuse_mlp(model)
+            fuse_qkv(model)
         why = compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model))
     if why:
         console.say(f"blocks are not compiled: {why}")

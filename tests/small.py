@@ -20,7 +20,7 @@ from burnish.train.trainer import Trainer
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import find_blocks
-from burnish.tuning.fuse import fuse_lora, fuse_mlp
+from burnish.tuning.fuse import fuse_lora, fuse_mlp, fuse_qkv
 from burnish.types import IGNORE_INDEX, Sample
 
 VOCABULARY = 211
@@ -61,11 +61,12 @@ def tuned(model: Any, method: str, **settings: Any) -> Any:
 
 
 def on_the_fast_path(model: Any, *, compiled: bool) -> Any:
-    """As `burnish train` prepares a model: LoRA fused, on a GPU the MLP too, and its blocks compiled."""
+    """As `burnish train` prepares a model: LoRA fused, on a GPU the MLP and q, k and v too, and its blocks compiled."""
     path = choose_path(fuse_lora(model))
     assert path.padding_free and path.fused_head, str(path)
     if next(model.parameters()).is_cuda:
         fuse_mlp(model)
+        fuse_qkv(model)
     if compiled:
         assert compile_blocks(find_blocks(unwrap(model)).values(), partial(try_out, model)) == ""
     return model

@@ -23,7 +23,7 @@ from burnish.plan.block import STAND_IN, Measured, measure, register
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import find_blocks, linear_layers
-from burnish.tuning.fuse import fuse_lora, fuse_mlp
+from burnish.tuning.fuse import fuse_lora, fuse_mlp, fuse_qkv
 
 # Bytes of a weight held quantized by bitsandbytes: its bits, and the scales of 64 (4 bits; doubly: these in 8 bits).
 QUANTIZED = {(8, True): 1.0, (8, False): 1.0, (4, True): 0.5 + 1 / 64 + 4 / (64 * 256), (4, False): 0.5 + 4 / 64}
@@ -88,6 +88,7 @@ def shape_of_model(asked: Asked) -> Shape:
     model = fuse_lora(init_adapter(model, tuning, model_args, trainable=True))
     if asked.compiled:
         fuse_mlp(model)
+        fuse_qkv(model)
     try:
         measured = measure(model, compiled=asked.compiled)
     except Exception as error:  # a model that reads numbers while it runs

@@ -1,4 +1,4 @@
-"""peft's LoRA layers compute through `kernels/`. Modules, names and files stay peft's.
+"""peft's LoRA layers compute through `kernels/`; q, k and v share products. Modules, names and files stay their own.
 
 Only the plain case is taken over: one active adapter on a linear layer, no dropout while training, no DoRA. Whatever
 else a layer may be (merged, switched off, several adapters) goes to peft's own forward, at each call. A layer on
@@ -8,10 +8,11 @@ A class takes the place of a class, not a function that of each layer's: torch.c
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse_lora(model: Model) -> Model:
-    """Let every LoRA layer of `model` that can be computed in one operation be so; q, k and v share one product.
+    """Let every LoRA layer of `model` that can be computed in one operation be so; q, k and v share x Aᵀ.
 
     Changes `model` itself.
     """
@@ -37,9 +38,28 @@ def fuse_lora(model: Model) -> Model:
             layer.given = None  # pyright: ignore
         elif isinstance(layer, LoraLayer) and isinstance(layer.base_layer, Dequantizing):
             layer.__class__ = _fused_quantized(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
+    return _share_input(model, FusedLinear)
+
+
+def fuse_qkv(model: Model) -> Model:
+    """Let q, k and v that are trained themselves be one product, and two backward in the place of six.
+
+    k and v are narrow where heads are grouped: the gradients of their weights alone leave most of a GPU idle. For one:
+    elsewhere nothing is gained. Changes `model` itself.
+    """
     for module in model.modules():
         layers = layers_of_one_input(module)
-        if layers and all(isinstance(layer, FusedLinear) for layer in layers) and not isinstance(module, SharedInput):
+        if all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in layers):
+            for layer in layers:
+                layer.__class__ = SharedLinear
+                layer.given = None  # pyright: ignore
+    return _share_input(model, SharedLinear)
+
+
+def _share_input(model: Model, kind: type[nn.Module]) -> Model:
+    for module in model.modules():
+        layers = layers_of_one_input(module)
+        if layers and all(isinstance(layer, kind) for layer in layers) and not isinstance(module, SharedInput):
             module.__class__ = _shared(type(module))
     return model
 
@@ -132,6 +152,11 @@ class FusedLinear(Linear):
     # to compiled code, which would be compiled again for each.
     given: tuple[Tensor, Tensor] | None
 
+    def shares(self) -> tuple[Tensor, Tensor | None] | None:
+        """The weight and bias of what it does first, if another layer may do it for it."""
+        plain = plain_lora(self)
+        return None if plain is None else (plain.layer.a, None)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = plain_lora(self)
         if args or kwargs or plain is None or x.dtype != plain.layer.a.dtype:
@@ -141,10 +166,23 @@ class FusedLinear(Linear):
         return lora_linear(x, weight, plain.bias, inner, b, plain.scale)
 
 
-class SharedInput(nn.Module):
-    """Attention whose q, k and v read x once for their adapters: another forward; its own class stands behind it.
+class SharedLinear(nn.Linear):
+    """A linear layer that may be given its output."""
 
-    With A of all three below each other x Aᵀ is one product forward and two backward, in the place of three and six.
+    given: tuple[Tensor, Tensor] | None  # an input x, and x Wᵀ + bias
+
+    def shares(self) -> tuple[Tensor, Tensor | None] | None:
+        return self.weight, self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.given[1] if self.given is not None and self.given[0] is x else super().forward(x)
+
+
+class SharedInput(nn.Module):
+    """Attention whose q, k and v read x once: another forward; its own class stands behind it.
+
+    What they do first, x Aᵀ of an adapter or x Wᵀ, is one product with their matrices below each other: one forward and
+    two backward, in the place of three and six.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,12 +190,14 @@ class SharedInput(nn.Module):
             return super().forward(*args, **kwargs)
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(args), None)
         layers: Any = layers_of_one_input(self)
-        plain = [plain_lora(layer) for layer in layers]
-        found = [each.layer.a for each in plain if each is not None]
-        if not isinstance(x, Tensor) or len(found) < len(layers) or not all(map(partial(_fits, x), found)):
+        found = [shared for shared in (layer.shares() for layer in layers) if shared is not None]
+        biases = [bias for _, bias in found if bias is not None]
+        fits = isinstance(x, Tensor) and len(found) == len(layers) and len(biases) in (0, len(layers))
+        if not fits or not all(_fits(x, weight) for weight, _ in found):
             return super().forward(*args, **kwargs)
-        inner = (x @ torch.cat(found).T).split([a.shape[0] for a in found], dim=-1)
-        for layer, own in zip(layers, inner, strict=True):
+        together = F.linear(x, torch.cat([weight for weight, _ in found]), torch.cat(biases) if biases else None)
+        parts = together.split([weight.shape[0] for weight, _ in found], dim=-1)
+        for layer, own in zip(layers, parts, strict=True):
             layer.given = (x, own)
         try:
             return super().forward(*args, **kwargs)
@@ -166,8 +206,8 @@ class SharedInput(nn.Module):
                 layer.given = None
 
 
-def _fits(x: Tensor, a: Tensor) -> bool:
-    return a.dtype == x.dtype and a.shape[1] == x.shape[-1]
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return weight.dtype == x.dtype and weight.shape[1] == x.shape[-1]
 
 
 class FusedQuantized(nn.Module):

@@ -19,7 +19,7 @@ from burnish.model.compile import compile_blocks, why_in_pieces
 from burnish.model.head import CausalLoss, unwrap
 from burnish.model.probe import choose_path, try_out
 from burnish.tuning.blocks import find_blocks
-from burnish.tuning.fuse import FusedLinear, FusedMlp, SharedInput, fuse_lora, fuse_mlp
+from burnish.tuning.fuse import FusedLinear, FusedMlp, SharedInput, SharedLinear, fuse_lora, fuse_mlp, fuse_qkv
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ class Counting(TorchDispatchMode):
 )
 def test_blocks_are_one_graph(make, graphs, monkeypatch):
     """Attention document by document, the only thing that is not compiled, and not used on a GPU, is left out."""
-    model = fuse_mlp(make())
+    model = fuse_qkv(fuse_mlp(make()))
     assert choose_path(model).padding_free
     monkeypatch.setattr("burnish.model.attention._by_document", lambda query, *_: query.transpose(1, 2))
     compiled(model)
@@ -112,10 +112,24 @@ def test_what_cuts_a_block_into_pieces_is_told(monkeypatch):
     assert "torch._dynamo.graph_break()" in why_in_pieces() and "\n" not in why_in_pieces()
 
 
-def test_q_k_and_v_read_their_input_once_for_their_adapters():
+def trained():
+    return small_model("llama", num_hidden_layers=3, attention_bias=True).train()
+
+
+@pytest.mark.parametrize(
+    "make, fuse, kind, saved",
+    [
+        # t and ∂A in three blocks, and ∂x in all but the first: one in the place of three
+        (adapted, lambda model: model, FusedLinear, 3 * (2 + 2) + 2 * 2),
+        # y, ∂W and ∂x, in the first block too, below which an embedding is trained; with biases
+        (trained, fuse_qkv, SharedLinear, 3 * (2 + 2 + 2)),
+    ],
+    ids=["lora", "full"],
+)
+def test_q_k_and_v_read_their_input_once(make, fuse, kind, saved):
     """Eager and compiled: the same gradients as each layer by itself, and nothing is held when the pass is over."""
-    batch, alone, shared = collate(samples(4)), adapted(), adapted()
-    layers = [each for each in shared.modules() if isinstance(each, FusedLinear)]
+    batch, alone, shared = collate(samples(4)), make(), fuse(make())
+    layers = [each for each in shared.modules() if isinstance(each, kind)]
     assert sum(isinstance(each, SharedInput) for each in shared.modules()) == 3
     for module in alone.modules():
         if isinstance(module, SharedInput):
@@ -128,13 +142,29 @@ def test_q_k_and_v_read_their_input_once_for_their_adapters():
         with Counting() as counted:
             loss_and_gradients(model, batch)
         made[name] = counted.products
-    # t and ∂A in three blocks, and ∂x in all but the first: one in the place of three
-    assert made["alone"] - made["shared"] == 3 * (2 + 2) + 2 * 2
+    assert made["alone"] - made["shared"] == saved
     for model in (shared, compiled(shared)):
         again, got = loss_and_gradients(model, batch)
         assert again == pytest.approx(loss, rel=1e-6) and got.keys() == wanted.keys()
         assert all((got[name] - value).norm() <= 1e-5 * value.norm() for name, value in wanted.items())
         assert all(layer.given is None for layer in layers)
+
+
+def test_trained_layers_of_which_one_has_a_bias_or_stands_still_are_products_of_their_own():
+    alone, shared = trained(), trained()
+    attentions = [layer.self_attn for layer in shared.model.layers]
+    attentions[0].k_proj.bias = None
+    alone.model.layers[0].self_attn.k_proj.bias = None
+    attentions[1].v_proj.weight.requires_grad_(False)
+    alone.model.layers[1].self_attn.v_proj.weight.requires_grad_(False)
+    fuse_qkv(shared)
+    assert [isinstance(attention, SharedInput) for attention in attentions] == [True, False, True]
+    choose_path(alone), choose_path(shared)
+    batch = collate(samples(4))
+    loss, wanted = loss_and_gradients(alone, batch)
+    again, got = loss_and_gradients(shared, batch)
+    assert again == pytest.approx(loss, rel=1e-6) and got.keys() == wanted.keys()
+    assert all((got[name] - value).norm() <= 1e-5 * value.norm() for name, value in wanted.items())
 
 
 def twice_as_wide(_module, args, kwargs):
