@@ -27,7 +27,7 @@ from burnish.plan.graph import Graph
 from burnish.plan.kernels import Amount, Kernel, Work
 from burnish.tuning.blocks import find_blocks
 
-TOKENS = 2048  # of the pass that is measured; everything grows with them
+TOKENS = 2039  # of the pass that is measured; a prime: bytes that are no multiple of it do not grow with the tokens
 STAND_IN = "burnish-plan"
 
 
@@ -163,7 +163,8 @@ class Kept:
     def amount(self, tokens: int) -> Amount:
         """What is smaller than one number a token is no activation (borders of documents, states of generators)."""
         sizes = [tensor.untyped_storage().nbytes() for tensor in self._tensors.values()]
-        return Amount(sum(size for size in sizes if size >= tokens) / tokens)
+        grow = sum(size for size in sizes if size >= tokens and size % tokens == 0)
+        return Amount(grow / tokens, float(sum(size for size in sizes if size >= tokens) - grow))
 
 
 def _memory(tensor: Tensor) -> int:
