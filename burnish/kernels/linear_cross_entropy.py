@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None  # [M, H]
         # Sums over all tiles are kept in float32: bf16 would lose the small addends of later tiles.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None  # [V, H]
+        grad_weight: Tensor | None = None  # [V, H]
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None  # [V]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -98,8 +98,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits_low = grad_logits.to(hidden.dtype)  # [tile, V]
             if grad_hidden is not None:
                 torch.mm(grad_logits_low, weight, out=grad_hidden[start : start + tile])
-            if grad_weight is not None:
-                _add_product_(grad_weight, grad_logits_low.T, h)
+            if need_weight:
+                grad_weight = _add_product(grad_weight, grad_logits_low.T, h)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=torch.float32)
             del grad_logits, grad_logits_low  # not to be held beside the next tile's
@@ -123,17 +123,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, the total in float32. On CUDA a product of less adds to it while it is written, never rounded."""
-    if total.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in float32, written over the total; where there is none yet nothing is read, and no zeros are made.
+
+    On CUDA a product of less precision adds to it while it is written, never rounded.
+    """
+    if not a.is_cuda or a.dtype not in (torch.bfloat16, torch.float16):
+        product = a @ b
+        return product.float() if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _product_in(dtype: torch.dtype, total: Tensor, scale: Tensor) -> Tensor:
     """total · scale, rounded as it is written: no float32 copy of it in between."""
-    return torch.mul(total, scale, out=torch.empty_like(total, dtype=dtype))
+    rounded = torch.empty_like(total, dtype=dtype)
+    if has_kernels(total.device):
+        from burnish.kernels.on_gpu import scale_into
+
+        return scale_into(rounded, total, scale)
+    return torch.mul(total, scale, out=rounded)
 
 
 Tile = tuple[Tensor, Tensor | None, Tensor | None]  # losses [tile], hits [tile], ∂z [tile, V]

@@ -78,6 +78,21 @@ def softmax_loss_(
 
 
 @triton.jit
+def _scale_into(rounded, total, scale, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    scaled = tl.load(total + at, mask=inside) * tl.load(scale)
+    tl.store(rounded + at, scaled.to(rounded.dtype.element_ty), mask=inside)
+
+
+def scale_into(rounded: Tensor, total: Tensor, scale: Tensor) -> Tensor:
+    """total · scale, a float32 scalar, in the dtype of `rounded`. Of mixed dtypes torch.mul takes twice as long."""
+    size = total.numel()
+    _scale_into[(triton.cdiv(size, 2048),)](rounded, total, scale, size, BLOCK=2048)
+    return rounded
+
+
+@triton.jit
 def _low_rank(rows, columns, left, right, left_stride, right_stride, r, m_ok, n_ok, R: tl.constexpr):
     """left [M, r] @ right [N, r]ᵀ for a tile; ranks below 16, the least that the matrix units take, are filled up."""
     j = tl.arange(0, R)

@@ -174,9 +174,9 @@ class SharedLinear(nn.Linear):
     def shares(self) -> tuple[Tensor, Tensor | None] | None:
         return self.weight, self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.given is None or self.given[0] is not x:
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if self.given is None or self.given[0] is not input:
+            return super().forward(input)
         return self.given[1].contiguous()  # kept for the backward pass, a part would keep the whole
 
 
@@ -194,8 +194,8 @@ class SharedInput(nn.Module):
         layers: Any = layers_of_one_input(self)
         found = [shared for shared in (layer.shares() for layer in layers) if shared is not None]
         biases = [bias for _, bias in found if bias is not None]
-        fits = isinstance(x, Tensor) and len(found) == len(layers) and len(biases) in (0, len(layers))
-        if not fits or not all(_fits(x, weight) for weight, _ in found):
+        alike = len(found) == len(layers) and len(biases) in (0, len(layers))
+        if not isinstance(x, Tensor) or not alike or not all(_fits(x, weight) for weight, _ in found):
             return super().forward(*args, **kwargs)
         together = F.linear(x, torch.cat([weight for weight, _ in found]), torch.cat(biases) if biases else None)
         parts = together.split([weight.shape[0] for weight, _ in found], dim=-1)
