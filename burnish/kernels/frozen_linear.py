@@ -4,16 +4,22 @@ Formula, x [M, K], W [N, K]:
 
     y = x Wᵀ        ∂x = ∂y W
 
-A frozen weight is a list of tensors: [W], or in fp8 [Q, s, Qᵗ, sᵗ]
+A frozen weight is a list of tensors: [W], or in fp8 [Q, s, Qᵗ, sᵗ, C]
 
-    s_n  = max_k |W_nk| / 448     Q_nk  = e4m3(W_nk / s_n)              y_mn  = σ_m s_n  Σ_k e4m3(x_mk / σ_m) Q_nk
+    s_n  = max_k |W_nk| / 448     Q_nk  = e4m3(W_nk / s_n)              y_mn  = σ_m s_n  Σ_k X_mk Q_nk
     sᵗ_k = max_n |W_nk| / 448     Qᵗ_kn = e4m3(W_nk / sᵗ_k)             ∂x_mk = τ_m sᵗ_k Σ_n e4m3(∂y_mn / τ_m) Qᵗ_kn
 
-with a scale σ_m for each row of x and τ_m for each of ∂y, made alike. e4m3 has three bits of mantissa and 448 for its
-largest number (Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433). A scale can only stand outside
-the sum, and the two products sum over different axes: so W is held twice, in 2 bytes a weight as in bf16. Sums are in
-float32, on fp8 matrix units in the fewer bits of their fast accumulation. Scales are by row, so a token's numbers do
-not depend on what stands beside it in a batch.
+with X_mk = e4m3(x_mk / σ_m), a scale σ_m for each row of x and τ_m for each of ∂y, made alike. e4m3 has three bits of
+mantissa and 448 for its largest number (Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433). A scale
+can only stand outside the sum, and the two products sum over different axes: so W is held twice, in 2 bytes a weight as
+in bf16. Sums are in float32, on fp8 matrix units in the fewer bits of their fast accumulation. Scales are by row, so a
+token's numbers do not depend on what stands beside it in a batch.
+
+e4m3 rounds every number by the same share of itself, so the few channels of x that are far larger than the others bring
+most of the error. In these, C [c], what rounding took away is a second number, r(v) = e4m3(v - e4m3(v)), of x and of W,
+which leaves 0.1 % of them in the place of 2.6 %. They stand behind the others, so that it stays one product:
+
+    X' = [X, r(x/σ)_C, X_C]   [M, K + 2c]       Q' = [Q, Q_C, r(W/s)_C]   [N, K + 2c]       y = σ s X' Q'ᵀ
 
 Devices without fp8 matrix units multiply the same rounded numbers in bf16 (CUDA) or float32, where each of them is
 exact.
@@ -48,23 +54,46 @@ def out_features(weight: Frozen) -> int:
     return weight[0].shape[0]
 
 
-def hold_in_fp8(weight: Tensor) -> Frozen:
-    """W [N, K] → [Q, s, Qᵗ, sᵗ]; Q [N, K] and Qᵗ [K, N] as bytes (uint8), s [N] and sᵗ [K] float32."""
-    held = [*quantize_rows(weight), *quantize_rows(weight.T.contiguous())]
-    return [each.view(torch.uint8) if each.dtype == FP8 else each for each in held]
+def in_features(weight: Frozen) -> int:
+    return weight[0].shape[1] if len(weight) == 1 else weight[2].shape[0]
+
+
+def hold_in_fp8(weight: Tensor, channels: Tensor) -> Frozen:
+    """W [N, K], C [c] int32 → [Q', s, Qᵗ, sᵗ, C]; Q' [N, K + 2c] and Qᵗ [K, N] as bytes (uint8), s [N], sᵗ [K] float32.
+
+    c is `how_many_twice`.
+    """
+    rows, scales = quantize_rows(weight, channels)
+    rows, once, c = rows.view(torch.uint8), weight.shape[1], len(channels)
+    rows = torch.cat([rows[:, :once], rows[:, once + c :], rows[:, once : once + c]], dim=1)  # X' has them otherwise
+    transposed, transposed_scales = quantize_rows(weight.T.contiguous())
+    return [rows, scales, transposed.view(torch.uint8), transposed_scales, channels]
 
 
 def dequantized(weight: Frozen) -> Tensor:
     """W [N, K] float32 as the forward pass has it."""
-    return weight[0].view(FP8).float() * weight[1][:, None]
+    rows, scales, _, _, channels = weight
+    numbers = rows.view(FP8).float()
+    held = numbers[:, : in_features(weight)]
+    held[:, channels] += numbers[:, -len(channels) :]
+    return held * scales[:, None]
+
+
+def how_many_twice(columns: int) -> int:
+    """c of a weight with so many columns, a multiple of 16: a power of two, and K + 2c is a multiple of 16 too.
+
+    Of SmolLM2's 576 channels 16 bring a third of the error and more; what 32 take away is little more
+    (docs/performance.md).
+    """
+    return min(16, columns // 2)
 
 
 def rows_of(x: Tensor, weight: Frozen) -> list[Tensor]:
     """x as `times_transposed` reads it beside x: quantized, or [] where W is whole.
 
-    An operation of its own, so that torch.compile sees that q, k and v read the same.
+    An operation of its own, for layers that read the same (q, k and v): torch.compile does not see that they do.
     """
-    return list(torch.ops.burnish.quantize_rows(x.detach())) if len(weight) > 1 else []
+    return list(torch.ops.burnish.quantize_rows(x.detach(), weight[4])) if len(weight) > 1 else []
 
 
 def times_transposed(x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None = None) -> Tensor:
@@ -81,15 +110,20 @@ def times(grad_y: Tensor, weight: Frozen) -> Tensor:
     return _multiply(*quantize_rows(grad_y), weight[2], weight[3], None, grad_y.dtype)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] → (e4m3 [M, K], scales [M] float32)."""
+def quantize_rows(x: Tensor, channels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [M, K], C [c] → (X' of the formula, e4m3 [M, K + 2c], and σ [M] float32); without C, (X [M, K], σ)."""
     if has_kernels(x.device):
         from burnish.kernels import on_gpu
 
-        return on_gpu.quantize_rows(x.contiguous(), FP8, LARGEST, LEAST)
+        return on_gpu.quantize_rows(x.contiguous(), channels, FP8, LARGEST, LEAST)
     x = x.float()
     scales = (x.abs().amax(1) / LARGEST).clamp_min(LEAST)  # [M]
-    return (x / scales[:, None]).clamp(-LARGEST, LARGEST).to(FP8), scales
+    exact = (x / scales[:, None]).clamp(-LARGEST, LARGEST)
+    rounded = exact.to(FP8)
+    if channels is None:
+        return rounded, scales
+    near = rounded[:, channels]
+    return torch.cat([rounded, (exact[:, channels] - near.float()).to(FP8), near], dim=1), scales
 
 
 def _multiply(
@@ -120,13 +154,13 @@ def fits_fp8(weight: Tensor) -> bool:
     return weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
 
 
-def _quantize_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    quantized, scales = quantize_rows(x)
+def _quantize_to_bytes(x: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    quantized, scales = quantize_rows(x, channels)
     return quantized.view(torch.uint8), scales
 
 
 _library = torch.library.Library("burnish", "FRAGMENT")
-_library.define("quantize_rows(Tensor x) -> (Tensor, Tensor)")
+_library.define("quantize_rows(Tensor x, Tensor channels) -> (Tensor, Tensor)")
 _library.define("frozen_linear(Tensor x, Tensor[] rows, Tensor[] weight, Tensor? bias) -> Tensor")
 _library.define("frozen_linear_backward(Tensor grad_y, Tensor[] weight) -> Tensor")
 for _key in ("CPU", "CUDA"):
@@ -136,8 +170,9 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("burnish::quantize_rows", lib=_library)
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)
+def _(x: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x.shape[1] + 2 * channels.shape[0]
+    return x.new_empty(x.shape[0], wide, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("burnish::frozen_linear", lib=_library)
@@ -147,7 +182,7 @@ def _(x: Tensor, rows: list[Tensor], weight: Frozen, bias: Tensor | None) -> Ten
 
 @torch.library.register_fake("burnish::frozen_linear_backward", lib=_library)
 def _(grad_y: Tensor, weight: Frozen) -> Tensor:
-    return grad_y.new_empty(grad_y.shape[0], weight[0].shape[1])
+    return grad_y.new_empty(grad_y.shape[0], in_features(weight))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -23,13 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.kernels.frozen_linear import Frozen, out_features, rows_of, times, times_transposed
+from burnish.kernels.frozen_linear import Frozen, in_features, out_features, rows_of, times, times_transposed
 
 
-def lora_linear(x: Tensor, weight: Frozen, bias: Tensor | None, inner: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x [..., K] and t = x Aᵀ [..., r] → [..., N]. All in one dtype; `x`, `inner` and `b` get gradients."""
+def lora_linear(
+    x: Tensor,
+    weight: Frozen,
+    bias: Tensor | None,
+    inner: Tensor,
+    b: Tensor,
+    scale: float,
+    rows: list[Tensor] | None = None,
+) -> Tensor:
+    """x [..., K] and t = x Aᵀ [..., r] → [..., N]. All in one dtype; `x`, `inner` and `b` get gradients.
+
+    `rows`: `rows_of` x where another layer has made them.
+    """
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    rows = rows_of(flat, weight)
+    rows = rows_of(flat, weight) if rows is None else rows
     y = torch.ops.burnish.lora_linear(flat, rows, weight, bias, inner.reshape(-1, inner.shape[-1]), b, scale)
     return y.view(*x.shape[:-1], out_features(weight))
 
@@ -89,7 +100,7 @@ def _(
 def _(
     grad_y: Tensor, weight: Frozen, inner: Tensor, b: Tensor, scale: float, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = grad_y.new_empty((grad_y.shape[0], weight[0].shape[1]) if needs_x else (0,))
+    grad_x = grad_y.new_empty((grad_y.shape[0], in_features(weight)) if needs_x else (0,))
     return grad_x, grad_y.new_empty(grad_y.shape[0], b.shape[1]), b.new_empty(b.shape)
 
 

@@ -200,9 +200,13 @@ def swiglu_backward(
 
 
 @triton.jit
-def _quantize_rows(x, quantized, scales, columns, largest, least, MAIN: tl.constexpr, REST: tl.constexpr):
+def _quantize_rows(
+    x, channels, quantized, scales, columns, largest, least,
+    MAIN: tl.constexpr, REST: tl.constexpr, TWICE: tl.constexpr,
+):  # fmt: skip
     """One row a program, held in registers between its largest number and its rounding: read once."""
     row = tl.program_id(0).to(tl.int64)
+    quantized += row * (columns + 2 * TWICE)
     first = tl.arange(0, MAIN)
     a = tl.load(x + row * columns + first, mask=first < columns, other=0.0).to(tl.float32)
     most = tl.max(tl.abs(a), axis=0)
@@ -212,11 +216,18 @@ def _quantize_rows(x, quantized, scales, columns, largest, least, MAIN: tl.const
         most = tl.maximum(most, tl.max(tl.abs(b), axis=0))
         scale = tl.maximum(most / largest, least)
         b = _within(b / scale, largest).to(quantized.dtype.element_ty)
-        tl.store(quantized + row * columns + rest, b, mask=rest < columns)
+        tl.store(quantized + rest, b, mask=rest < columns)
     scale = tl.maximum(most / largest, least)
     tl.store(scales + row, scale)
     a = _within(a / scale, largest).to(quantized.dtype.element_ty)
-    tl.store(quantized + row * columns + first, a, mask=first < columns)
+    tl.store(quantized + first, a, mask=first < columns)
+    if TWICE > 0:
+        j = tl.arange(0, TWICE)
+        exact = tl.load(x + row * columns + tl.load(channels + j)).to(tl.float32)
+        exact = _within(exact / scale, largest)
+        near = exact.to(quantized.dtype.element_ty)
+        tl.store(quantized + columns + j, (exact - near.to(tl.float32)).to(quantized.dtype.element_ty))
+        tl.store(quantized + columns + TWICE + j, near)
 
 
 @triton.jit
@@ -225,13 +236,21 @@ def _within(value, largest):
     return tl.where(tl.abs(value) > largest, tl.where(value > 0, largest, -largest), value)
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype, largest: float, least: float) -> tuple[Tensor, Tensor]:
-    """x [M, K] → x / scales in `dtype` [M, K], and the scales [M] float32: the largest of a row over `largest`."""
+def quantize_rows(
+    x: Tensor, channels: Tensor | None, dtype: torch.dtype, largest: float, least: float
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] → x / scales in `dtype`, and the scales [M] float32: the largest of a row over `largest`.
+
+    Behind the K columns stand, for each of `channels` [c], what rounding took away, and then what it left.
+    """
     rows, columns = x.shape
-    quantized, scales = torch.empty_like(x, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
+    twice = 0 if channels is None else channels.shape[0]
+    quantized, scales = x.new_empty(rows, columns + 2 * twice, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
     main, rest = triton.next_power_of_2(columns), 0
     if main > 4096 and columns <= 0.75 * main:  # two powers of two leave fewer lanes idle than one
         main //= 2
         rest = triton.next_power_of_2(columns - main)
-    _quantize_rows[(rows,)](x, quantized, scales, columns, largest, least, MAIN=main, REST=rest, num_warps=8)
+    _quantize_rows[(rows,)](
+        x, channels, quantized, scales, columns, largest, least, MAIN=main, REST=rest, TWICE=twice, num_warps=8
+    )
     return quantized, scales

@@ -4,11 +4,14 @@ One idea: the weights are rounded once, when the model has been loaded, and from
 answers compute with the same numbers. Embedding, head, norms, routers, experts in one parameter and what is trained
 keep their dtype. A layer's `weight` holds bytes, as bitsandbytes' do, so that whatever asks whether a weight is
 quantized (quantized.py) is answered alike.
+
+Which channels of a layer's input are the largest, and held in two numbers each, the model itself says: it reads some
+tokens before it is rounded. They are the same at every start, so that what was trained is what is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,35 +19,45 @@ from torch import Tensor, nn
 
 from burnish import console
 from burnish.errors import Problem, UserError
-from burnish.kernels.frozen_linear import Frozen, fits_fp8, frozen_linear, has_fp8_units, hold_in_fp8
+from burnish.kernels.frozen_linear import (
+    Frozen,
+    fits_fp8,
+    frozen_linear,
+    has_fp8_units,
+    hold_in_fp8,
+    how_many_twice,
+)
+
+TOKENS = (2, 64)  # that the model reads: at random, and from the first one on
 
 
 class Fp8Linear(nn.Linear):
     """A frozen linear layer in fp8. `weight` is Q of the kernel's formula, as bytes [out, in]."""
 
+    rows: Tensor  # Q' [out, in + 2c], bytes: `weight`, and the second numbers behind it
     scales: Tensor  # [out]
     transposed: Tensor  # Qᵗ [in, out], bytes
     transposed_scales: Tensor  # [in]
+    channels: Tensor  # [c]
 
     @property
     def frozen(self) -> Frozen:
-        return [self.weight, self.scales, self.transposed, self.transposed_scales]
+        return [self.rows, self.scales, self.transposed, self.transposed_scales, self.channels]
 
     def forward(self, input: Tensor) -> Tensor:
         return frozen_linear(input, self.frozen, self.bias)
 
 
-def hold_layers_in_fp8(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Let each plain linear layer among `layers` become an Fp8Linear, where it stands; the others are counted.
-    `dtype`: of what the model computes. Raises UserError where there is no layer to hold.
+def hold_layers_in_fp8(model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Let each plain linear layer among `layers` of `model` become an Fp8Linear, where it stands; the others are
+    counted. `dtype`: of what the model computes. Raises UserError where there is no layer to hold.
     """
     layers = list(layers)
-    left = 0
-    for layer in layers:
-        if type(layer) is nn.Linear and fits_fp8(layer.weight):
-            _hold(layer)
-        else:
-            left += 1
+    fitting = [layer for layer in layers if type(layer) is nn.Linear and fits_fp8(layer.weight)]
+    largest = _largest_channels(model, fitting)
+    for layer in fitting:
+        _hold(layer, largest[layer])
+    left = len(layers) - len(fitting)
     held = [layer for layer in layers if isinstance(layer, Fp8Linear)]
     if not held:
         message = "holds no layer of this model: none is a plain linear one whose sides are whole numbers of 16"
@@ -61,13 +74,47 @@ def hold_layers_in_fp8(layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _hold(layer: nn.Linear) -> None:
-    weight, scales, transposed, transposed_scales = hold_in_fp8(layer.weight)
+def _largest_channels(model: Any, layers: Sequence[nn.Linear]) -> dict[nn.Linear, Tensor]:
+    """For each layer the channels [c] of its input whose squares are the largest on average.
+
+    Layers that are handed one tensor (q, k and v) get one tensor here, so that it is rounded for all of them once.
+    """
+    places = {(layer.in_features, layer.weight.device) for layer in layers}
+    first = {place: torch.arange(how_many_twice(place[0]), dtype=torch.int32, device=place[1]) for place in places}
+    found = {layer: first[layer.in_features, layer.weight.device] for layer in layers}  # of what no token meets
+    if not layers or layers[0].weight.is_meta:  # no numbers to look at: a plan asks for sizes alone
+        return found
+    last: list[tuple[Tensor, Tensor]] = []  # an input, and its channels
+
+    def look(layer: Any, inputs: tuple[Any, ...]) -> None:
+        if not last or last[0][0] is not inputs[0]:
+            squares = inputs[0].flatten(0, -2).float().square().mean(0)  # [in]
+            chosen = squares.topk(how_many_twice(layer.in_features)).indices.sort().values.int()
+            last[:] = [(inputs[0], chosen)]
+        found[layer] = last[0][1]
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(rows, TOKENS, generator=torch.Generator().manual_seed(0))
+    try:
+        model(input_ids=tokens.to(layers[0].weight.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@torch.no_grad()
+def _hold(layer: nn.Linear, channels: Tensor) -> None:
+    rows, scales, transposed, transposed_scales, channels = hold_in_fp8(layer.weight, channels)
     layer.__class__ = Fp8Linear
     held = cast(Any, layer)
-    held.weight = nn.Parameter(weight, requires_grad=False)
+    held.weight = nn.Parameter(rows[:, : layer.in_features], requires_grad=False)
     # Not in a state dict: what is saved of such a model is its adapters.
-    for name, value in [("scales", scales), ("transposed", transposed), ("transposed_scales", transposed_scales)]:
+    for name, value in {
+        "rows": rows, "scales": scales, "transposed": transposed, "transposed_scales": transposed_scales,
+        "channels": channels,
+    }.items():  # fmt: skip
         held.register_buffer(name, value, persistent=False)
     if layer.bias is not None:
         layer.bias.requires_grad_(False)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from burnish.kernels.frozen_linear import in_features
+
 Kind = Literal["product", "product in fp8", "swiglu", "attention", "element-wise"]
 ROWS_A_SUM = 512  # over which the backward of SwiGLU adds up in registers (on_gpu.py: 32 tiles of 16)
 
@@ -89,7 +91,7 @@ def _lora_linear(args: list[Any], _: Amount) -> Iterator[Kernel]:
 
 def _lora_linear_backward(args: list[Any], _: Amount) -> Iterator[Kernel]:
     weight, b, needs_x = args[1], args[3], args[-1]
-    (n, k), r, size = weight[0].shape, b.shape[1], b.element_size()
+    n, k, r, size = weight[0].shape[0], in_features(weight), b.shape[1], b.element_size()
     yield product(n, r, size)  # ∂t
     if needs_x:
         yield from (*_rounded(weight, n, size), *_large(weight, n, k, size))
@@ -98,7 +100,7 @@ def _lora_linear_backward(args: list[Any], _: Amount) -> Iterator[Kernel]:
 
 def _lora_mlp(args: list[Any], _: Amount) -> Iterator[Kernel]:
     weight, a = args[1], args[2]
-    (n, k), r, size = weight[0].shape, a.shape[0], a.element_size()
+    n, k, r, size = weight[0].shape[0], in_features(weight), a.shape[0], a.element_size()
     yield from (product(k, 2 * r, size), *_rounded(weight, k, size))
     yield from (*_large(weight, k, n, size), *_large(weight, k, n, size))
     yield Kernel("swiglu", 0.0, Amount(size * 3 * n))
@@ -108,7 +110,7 @@ def _lora_mlp(args: list[Any], _: Amount) -> Iterator[Kernel]:
 
 def _lora_mlp_backward(args: list[Any], _: Amount) -> Iterator[Kernel]:
     weight, a = args[6], args[7]
-    (n, k), r, size = weight[0].shape, a.shape[0], a.element_size()
+    n, k, r, size = weight[0].shape[0], in_features(weight), a.shape[0], a.element_size()
     yield from (product(k, r, size), product(r, k, size), *_rounded(weight, k, size), *_large(weight, k, n, size))
     yield Kernel("swiglu", 0.0, Amount(size * 5 * n))
     yield from (product(n, r, size), product(n, r, size))  # ∂t_g, ∂t_u
@@ -123,7 +125,7 @@ def _frozen_linear(args: list[Any], _: Amount) -> Iterator[Kernel]:
 
 
 def _frozen_linear_backward(args: list[Any], _: Amount) -> Iterator[Kernel]:
-    (n, k), size = args[1][0].shape, args[0].element_size()
+    n, k, size = args[1][0].shape[0], in_features(args[1]), args[0].element_size()
     yield from (*_rounded(args[1], n, size), *_large(args[1], n, k, size))
 
 

@@ -20,6 +20,7 @@ from burnish.kernels.frozen_linear import (
     frozen_linear,
     has_fp8_units,
     hold_in_fp8,
+    how_many_twice,
     quantize_rows,
 )
 from burnish.kernels.lora_linear import lora_linear
@@ -45,9 +46,24 @@ def draw(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def rounded(x):
+def some(columns, device=DEVICE):
+    """Channels, not in a row: c of them."""
+    return (
+        torch.randperm(columns, generator=torch.Generator().manual_seed(9))[: how_many_twice(columns)].int().to(device)
+    )
+
+
+def hold(weight):
+    return hold_in_fp8(weight, some(weight.shape[1], weight.device))
+
+
+def rounded(x, channels=None):
     scales = x.double().abs().amax(1, keepdim=True) / LARGEST
-    return (x.double() / scales).to(FP8).double() * scales
+    exact = x.double() / scales
+    first = exact.to(FP8).double()
+    if channels is not None:
+        first[:, channels] += (exact - first)[:, channels].to(FP8).double()
+    return first * scales
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -57,12 +73,14 @@ def test_rows_are_rounded_as_plain_torch_rounds_them(rows, columns, dtype):
     x = draw(rows, columns, dtype=dtype) * torch.logspace(-3, 3, rows, device=DEVICE).to(dtype)[:, None]
     if rows > 1:
         x[rows // 2] = 0
-    quantized, scales = quantize_rows(x)
-    expected, expected_scales = quantize_rows(x.cpu())
+    quantized, scales = quantize_rows(x, some(columns))
+    expected, expected_scales = quantize_rows(x.cpu(), some(columns, "cpu"))
     assert torch.allclose(scales.cpu(), expected_scales, rtol=1e-6)
     differ = (quantized.cpu().float() != expected.float()).double().mean().item()
     assert differ < 1e-3  # a division that rounds otherwise moves what lies on a border
-    assert distance(quantized.float().cpu() * scales.cpu()[:, None], x.cpu()) < 0.04
+    assert quantized.shape == expected.shape == (rows, columns + 2 * how_many_twice(columns))
+    assert torch.equal(quantize_rows(x)[0].view(torch.uint8), quantized[:, :columns].view(torch.uint8))
+    assert distance(quantized[:, :columns].float().cpu() * scales.cpu()[:, None], x.cpu()) < 0.04
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -70,11 +88,12 @@ def test_rows_are_rounded_as_plain_torch_rounds_them(rows, columns, dtype):
 def test_both_products_are_those_of_the_rounded_numbers(rows, dtype):
     torch.manual_seed(0)
     weight, x = draw(512, 352, dtype=dtype), draw(rows, 352, dtype=dtype).requires_grad_()
-    y = frozen_linear(x, hold_in_fp8(weight), None)
+    y = frozen_linear(x, hold(weight), None)
     grad_y = draw(rows, 512, dtype=dtype)
     (grad_x,) = torch.autograd.grad(y, x, grad_y)
     # What lies on a border of fp8 may go to either side; a number rounded otherwise differs by a sixteenth.
-    assert distance(y, rounded(x.detach()) @ rounded(weight).T) < 1e-2
+    channels = some(352)
+    assert distance(y, rounded(x.detach(), channels) @ rounded(weight, channels).T) < 1e-2
     assert distance(grad_x, rounded(grad_y) @ rounded(weight.T.contiguous()).T) < 1e-2
 
 
@@ -86,7 +105,7 @@ def test_layer_and_block_are_those_of_a_cpu(rank):
     x = draw(300, 512)
     found = []
     for place in (DEVICE, "cpu"):
-        own = [LoraWeights(hold_in_fp8(w.to(place)), a.to(place).clone(), b.to(place).clone()) for w, a, b in layers]
+        own = [LoraWeights(hold(w.to(place)), a.to(place).clone(), b.to(place).clone()) for w, a, b in layers]
         leaves = [x.to(place).clone(), *(part for layer in own for part in layer[1:])]
         for leaf in leaves:
             leaf.requires_grad_()
@@ -101,7 +120,7 @@ def test_compiled_blocks_give_the_gradients_of_plain_ones():
     found = []
     for fast in (False, True):
         model = small_model("llama", dtype=torch.bfloat16, head_dim=16).to(DEVICE)
-        hold_layers_in_fp8(linear_layers(model).values(), model.dtype)
+        hold_layers_in_fp8(model, linear_layers(model).values(), model.dtype)
         config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
         torch.manual_seed(1)

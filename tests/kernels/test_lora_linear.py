@@ -30,7 +30,9 @@ def in_float64(layer):
 
 
 def in_fp8(layer):
-    return layer._replace(weight=frozen_kernel.hold_in_fp8(layer.weight[0]))
+    weight = layer.weight[0]
+    channels = torch.arange(frozen_kernel.how_many_twice(weight.shape[1]), dtype=torch.int32)
+    return layer._replace(weight=frozen_kernel.hold_in_fp8(weight, channels))
 
 
 def distance(a, b):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from processes import make_run
-from small import arguments, samples, small_model, trainer
+from small import arguments, samples, small_model, trainer, tuned
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.cli import main
@@ -77,12 +77,13 @@ def test_all_blocks_share_what_is_compiled_once():
 
 
 class Counting(TorchDispatchMode):
-    """How many matrix products are made outside of burnish's operators."""
+    """How many matrix products are made outside of burnish's operators, and inputs of theirs rounded to fp8."""
 
-    products = 0
+    products = rounded = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.rounded += function is torch.ops.burnish.quantize_rows.default
         return function(*args, **(kwargs or {}))
 
 
@@ -100,6 +101,22 @@ def test_blocks_are_one_graph(make, graphs, monkeypatch):
     compiled(model)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_what_q_k_and_v_read_is_rounded_to_fp8_once(monkeypatch):
+    """And what o reads; the SwiGLU block rounds inside its operation. torch.compile would not see that it is one."""
+    rounded = []
+    for fast in (False, True):
+        base = small_model("llama", num_hidden_layers=3, head_dim=16)  # whole numbers of 16 everywhere
+        model = fuse_mlp(fuse_lora(tuned(base, "fp8")))
+        assert choose_path(model).padding_free
+        if fast:
+            monkeypatch.setattr("burnish.model.attention._by_document", lambda query, *_: query.transpose(1, 2))
+            compiled(model)
+        with Counting() as counted:
+            loss_and_gradients(model, collate(samples(4)))
+        rounded.append(counted.rounded)
+    assert rounded == [3 * 2, 3 * 2]
 
 
 def test_what_cuts_a_block_into_pieces_is_told(monkeypatch):

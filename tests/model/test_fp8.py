@@ -60,12 +60,35 @@ def test_the_blocks_linear_layers_are_held_in_fp8_and_nothing_else(tmp_path, fam
     held = {path.removesuffix(".base_layer"): layer for path, layer in held_layers(model).items()}
     for path, layer in held.items():
         assert 0 < distance(dequantized(layer.frozen), whole.get_submodule(path).weight) < 0.04
+        assert layer.weight.shape == whole.get_submodule(path).weight.shape
         assert not any(p.requires_grad for p in layer.parameters())
     linear = {path for path, each in whole.named_modules() if type(each) is torch.nn.Linear}
     assert held.keys() == {path for path in linear if path != "lm_head" and not path.endswith(("mlp.gate", "router"))}
     assert f"{len(held)} layers held in fp8" in "".join(capsys.readouterr())
     assert parameter_table(model).all - parameter_table(model).trainable == parameter_table(whole).all
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_largest_channels_that_a_layer_reads_are_held_in_two_numbers(tmp_path):
+    """Which these are, norms say here. Layers that read one tensor hold one choice; every start makes the same."""
+    whole = make("llama")
+    large = torch.randperm(32, generator=torch.Generator().manual_seed(3))[:16].sort().values
+    for block in whole.model.layers:
+        block.input_layernorm.weight.data[large] = 20
+        block.post_attention_layernorm.weight.data[large] = 20
+    whole.save_pretrained(tmp_path)
+    first, again = (held_layers(tuned(tmp_path)) for _ in range(2))
+    assert all(torch.equal(first[path].channels, layer.channels) for path, layer in again.items())
+    for path, layer in first.items():
+        channels, name = layer.channels.long(), path.removesuffix(".base_layer")
+        weight, held = whole.get_submodule(name.removeprefix("base_model.model.")).weight, dequantized(layer.frozen)
+        assert distance(held[:, channels], weight[:, channels]) < 0.002 and 0.01 < distance(held, weight) < 0.04
+        parent, name = name.rsplit(".", 1)
+        beside = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}.get(name, ())
+        for other in beside:
+            assert torch.equal(channels, large) and first[f"{parent}.{other}.base_layer"].channels is layer.channels
+        if name == "down_proj":
+            assert layer.channels is not first[f"{parent}.up_proj.base_layer"].channels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
