@@ -26,21 +26,10 @@ from torch import Tensor
 from burnish.kernels.frozen_linear import Frozen, in_features, out_features, rows_of, times, times_transposed
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Frozen,
-    bias: Tensor | None,
-    inner: Tensor,
-    b: Tensor,
-    scale: float,
-    rows: list[Tensor] | None = None,
-) -> Tensor:
-    """x [..., K] and t = x Aᵀ [..., r] → [..., N]. All in one dtype; `x`, `inner` and `b` get gradients.
-
-    `rows`: `rows_of` x where another layer has made them.
-    """
+def lora_linear(x: Tensor, weight: Frozen, bias: Tensor | None, inner: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x [..., K] and t = x Aᵀ [..., r] → [..., N]. All in one dtype; `x`, `inner` and `b` get gradients."""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    rows = rows_of(flat, weight) if rows is None else rows
+    rows = rows_of(flat, weight)
     y = torch.ops.burnish.lora_linear(flat, rows, weight, bias, inner.reshape(-1, inner.shape[-1]), b, scale)
     return y.view(*x.shape[:-1], out_features(weight))
 

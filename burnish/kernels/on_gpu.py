@@ -241,7 +241,7 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """x [M, K] → x / scales in `dtype`, and the scales [M] float32: the largest of a row over `largest`.
 
-    Behind the K columns stand, for each of `channels` [c], what rounding took away, and then what it left.
+    Behind the K columns stand, for each of `channels` [c], what rounding took away, and then the rounded number again.
     """
     rows, columns = x.shape
     twice = 0 if channels is None else channels.shape[0]

@@ -75,7 +75,9 @@ def layers_of_one_input(attention: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def size_of(parameter: Any) -> int:
-    """Elements of a parameter, gathered or not; bitsandbytes holds two in a byte."""
+    """Elements of a parameter, gathered or not; bitsandbytes holds two in a byte, and fp8.py some of them twice."""
+    if hasattr(parameter, "stands_for"):
+        return parameter.stands_for
     if getattr(parameter, "quant_state", None) is not None:
         return parameter.quant_state.shape.numel()
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()

@@ -67,7 +67,10 @@ def product(width: int, into: int, size: int, *, adds: bool = False) -> Kernel:
 
 
 def _large(weight: list[Any], width: int, into: int, size: int, *, adds: bool = False) -> Iterator[Kernel]:
-    """The product with a frozen weight: as it is, or in fp8, whose other factor the caller has rounded."""
+    """The product with a frozen weight: as it is, or in fp8, whose other factor the caller has rounded.
+
+    What fp8 has twice, a few channels, is not counted.
+    """
     if len(weight) == 1:
         yield product(width, into, size, adds=adds)
         return
@@ -84,7 +87,7 @@ def _rounded(weight: list[Any], width: int, size: int) -> Iterator[Kernel]:
 
 def _lora_linear(args: list[Any], _: Amount) -> Iterator[Kernel]:
     weight, b = args[2], args[5]
-    (n, k), r, size = weight[0].shape, b.shape[1], b.element_size()
+    n, k, r, size = weight[0].shape[0], in_features(weight), b.shape[1], b.element_size()
     yield product(r, n, size)
     yield from _large(weight, k, n, size, adds=True)
 
@@ -120,7 +123,7 @@ def _lora_mlp_backward(args: list[Any], _: Amount) -> Iterator[Kernel]:
 
 
 def _frozen_linear(args: list[Any], _: Amount) -> Iterator[Kernel]:
-    (n, k), size = args[2][0].shape, args[0].element_size()
+    n, k, size = args[2][0].shape[0], in_features(args[2]), args[0].element_size()
     yield from _large(args[2], k, n, size)
 
 

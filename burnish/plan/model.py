@@ -142,12 +142,11 @@ def _shape(model: nn.Module, asked: Asked, measured: Measured) -> Shape:
 
     def part(module: nn.Module) -> Share:
         held, trained, tensors = 0.0, 0, 0
-        for weight in (*module.parameters(), *module.buffers()):  # of fp8: what its weight is a part of, scales ...
-            memory = weight.untyped_storage()
-            if memory._cdata in seen:
+        for weight in (*module.parameters(), *module.buffers()):  # of fp8: scales, and the weight transposed
+            if id(weight) in seen:
                 continue
-            seen.add(memory._cdata)
-            held += weight.numel() * share if id(weight) in quantized else memory.nbytes()
+            seen.add(id(weight))
+            held += weight.numel() * (share if id(weight) in quantized else weight.element_size())
             trained += size_of(weight) if weight.requires_grad else 0
             tensors += weight.requires_grad
         return Share(held, trained, tensors)

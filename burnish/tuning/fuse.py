@@ -17,7 +17,6 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from burnish.kernels.dequantized_linear import dequantized_lora_linear
-from burnish.kernels.frozen_linear import rows_of
 from burnish.kernels.lora_linear import lora_linear
 from burnish.kernels.lora_mlp import LoraWeights, lora_mlp
 from burnish.model.fp8 import Fp8Linear
@@ -61,16 +60,8 @@ def _share_input(model: Model, kind: type[nn.Module]) -> Model:
     for module in model.modules():
         layers = layers_of_one_input(module)
         if layers and all(isinstance(layer, kind) for layer in layers) and not isinstance(module, SharedInput):
-            module.rounds_once = _read_the_same_in_fp8(layers)  # pyright: ignore
             module.__class__ = _shared(type(module))
     return model
-
-
-def _read_the_same_in_fp8(layers: tuple[Any, ...]) -> bool:
-    held = [each.base_layer for each in layers if isinstance(each, FusedLinear)]
-    return len(held) == len(layers) and all(
-        isinstance(each, Fp8Linear) and each.channels is held[0].channels for each in held
-    )
 
 
 @cache
@@ -154,20 +145,12 @@ def _plain_adapter(layer: Any) -> str | None:
     return None if drops or layer.use_dora[name] or layer.lora_B[name].bias is not None else name
 
 
-class Given(NamedTuple):
-    """What a layer is handed that another made for it."""
-
-    x: Tensor  # the input that it is of
-    own: Tensor  # x Aᵀ, or x Wᵀ + bias
-    rows: list[Tensor] | None  # x rounded to fp8
-
-
 class FusedLinear(Linear):
     """peft's LoRA layer with another forward."""
 
-    # `fuse_lora` sets it on every layer: None on the class and a value on a layer are two states to compiled code,
-    # which would be compiled again for each.
-    given: Given | None
+    # An input x, and x Aᵀ. `fuse_lora` sets it on every layer: None on the class and a value on a layer are two states
+    # to compiled code, which would be compiled again for each.
+    given: tuple[Tensor, Tensor] | None
 
     def shares(self) -> tuple[Tensor, Tensor | None] | None:
         """The weight and bias of what it does first, if another layer may do it for it."""
@@ -179,49 +162,49 @@ class FusedLinear(Linear):
         if args or kwargs or plain is None or x.dtype != plain.layer.a.dtype:
             return super().forward(x, *args, **kwargs)
         weight, a, b = plain.layer
-        if self.given is None or self.given.x is not x:
-            return lora_linear(x, weight, plain.bias, x @ a.T, b, plain.scale)
-        return lora_linear(x, weight, plain.bias, self.given.own, b, plain.scale, self.given.rows)
+        inner = self.given[1] if self.given is not None and self.given[0] is x else x @ a.T
+        return lora_linear(x, weight, plain.bias, inner, b, plain.scale)
 
 
 class SharedLinear(nn.Linear):
     """A linear layer that may be given its output."""
 
-    given: Given | None
+    given: tuple[Tensor, Tensor] | None  # an input x, and x Wᵀ + bias
 
     def shares(self) -> tuple[Tensor, Tensor | None] | None:
         return self.weight, self.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.given is None or self.given.x is not input:
+        if self.given is None or self.given[0] is not input:
             return super().forward(input)
-        return self.given.own.contiguous()  # kept for the backward pass, a part would keep the whole
+        return self.given[1].contiguous()  # kept for the backward pass, a part would keep the whole
+
+
+SHARING = (FusedLinear, SharedLinear)
 
 
 class SharedInput(nn.Module):
     """Attention whose q, k and v read x once: another forward; its own class stands behind it.
 
     What they do first, x Aᵀ of an adapter or x Wᵀ, is one product with their matrices below each other: one forward and
-    two backward, in the place of three and six. In fp8 x is rounded once.
+    two backward, in the place of three and six.
     """
-
-    rounds_once: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if hasattr(self, "ds_id"):  # ZeRO-3 gives each layer an x of its own, and would hold here what is read here
             return super().forward(*args, **kwargs)
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(args), None)
         layers: Any = layers_of_one_input(self)
-        found = [shared for shared in (layer.shares() for layer in layers) if shared is not None]
+        found = [layer.shares() for layer in layers if isinstance(layer, SHARING)]
+        found = [shared for shared in found if shared is not None]
         biases = [bias for _, bias in found if bias is not None]
         alike = len(found) == len(layers) and len(biases) in (0, len(layers))
         if not isinstance(x, Tensor) or not alike or not all(_fits(x, weight) for weight, _ in found):
             return super().forward(*args, **kwargs)
         together = F.linear(x, torch.cat([weight for weight, _ in found]), torch.cat(biases) if biases else None)
         parts = together.split([weight.shape[0] for weight, _ in found], dim=-1)
-        rows = rows_of(x.reshape(-1, x.shape[-1]), layers[0].base_layer.frozen) if self.rounds_once else None
         for layer, own in zip(layers, parts, strict=True):
-            layer.given = Given(x, own, rows)
+            layer.given = (x, own)
         try:
             return super().forward(*args, **kwargs)
         finally:  # also where memory did not suffice: the layers would keep x alive

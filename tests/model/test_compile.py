@@ -9,6 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from processes import make_run
 from small import arguments, samples, small_model, trainer, tuned
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.cli import main
@@ -77,13 +80,12 @@ def test_all_blocks_share_what_is_compiled_once():
 
 
 class Counting(TorchDispatchMode):
-    """How many matrix products are made outside of burnish's operators, and inputs of theirs rounded to fp8."""
+    """How many matrix products are made outside of burnish's operators."""
 
-    products = rounded = 0
+    products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        self.rounded += function is torch.ops.burnish.quantize_rows.default
         return function(*args, **(kwargs or {}))
 
 
@@ -103,20 +105,26 @@ def test_blocks_are_one_graph(make, graphs, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+def something_of_all_three(query, key, value, *_):
+    return (query + (key + value).repeat_interleave(query.shape[1] // key.shape[1], dim=1)).transpose(1, 2)
+
+
 def test_what_q_k_and_v_read_is_rounded_to_fp8_once(monkeypatch):
-    """And what o reads; the SwiGLU block rounds inside its operation. torch.compile would not see that it is one."""
+    """And what o reads; the SwiGLU block rounds inside its operation."""
+    model = fuse_mlp(fuse_lora(tuned(small_model("llama", num_hidden_layers=3, head_dim=16), "fp8")))
+    assert choose_path(model).padding_free
+    monkeypatch.setattr("burnish.model.attention._by_document", something_of_all_three)
     rounded = []
-    for fast in (False, True):
-        base = small_model("llama", num_hidden_layers=3, head_dim=16)  # whole numbers of 16 everywhere
-        model = fuse_mlp(fuse_lora(tuned(base, "fp8")))
-        assert choose_path(model).padding_free
-        if fast:
-            monkeypatch.setattr("burnish.model.attention._by_document", lambda query, *_: query.transpose(1, 2))
-            compiled(model)
-        with Counting() as counted:
-            loss_and_gradients(model, collate(samples(4)))
-        rounded.append(counted.rounded)
-    assert rounded == [3 * 2, 3 * 2]
+
+    def count(graph, _inputs):
+        rounded.append(sum(node.target is torch.ops.burnish.quantize_rows.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    for block in find_blocks(unwrap(model)).values():
+        block.compile(backend=backend, dynamic=True)
+    loss_and_gradients(model, collate(samples(4)))
+    assert rounded == [2, 0, 2, 0]  # the first block, forward and backward, and the others
 
 
 def test_what_cuts_a_block_into_pieces_is_told(monkeypatch):
@@ -182,6 +190,18 @@ def test_trained_layers_of_which_one_has_a_bias_or_stands_still_are_products_of_
     again, got = loss_and_gradients(shared, batch)
     assert again == pytest.approx(loss, rel=1e-6) and got.keys() == wanted.keys()
     assert all((got[name] - value).norm() <= 1e-5 * value.norm() for name, value in wanted.items())
+
+
+def test_layers_that_lost_their_adapters_are_products_of_their_own():
+    """As peft leaves them: plain layers under an attention that shares."""
+    batch, model = collate(samples(4)), adapted()
+    choose_path(model)
+    plain = model.unload()
+    attentions = [layer.self_attn for layer in plain.model.layers]
+    assert all(isinstance(each, SharedInput) and type(each.q_proj) is torch.nn.Linear for each in attentions)
+    wanted = small_model("llama", num_hidden_layers=3)
+    choose_path(wanted)
+    assert CausalLoss(plain, fused=True)(batch).loss.item() == CausalLoss(wanted, fused=True)(batch).loss.item()
 
 
 def twice_as_wide(_module, args, kwargs):
