@@ -107,12 +107,12 @@ def _largest_channels(model: Any, layers: Sequence[nn.Linear]) -> dict[nn.Linear
 
 @torch.no_grad()
 def _hold(layer: nn.Linear, channels: Tensor) -> None:
-    weights = layer.weight.numel()
-    weight, scales, transposed, transposed_scales, channels = hold_in_fp8(layer.weight, channels)
+    rows, scales, transposed, transposed_scales, channels = hold_in_fp8(layer.weight, channels)
+    weight: Any = nn.Parameter(rows, requires_grad=False)
+    weight.stands_for = layer.weight.numel()  # patch.size_of
     layer.__class__ = Fp8Linear
     held = cast(Any, layer)
-    held.weight = nn.Parameter(weight, requires_grad=False)
-    held.weight.stands_for = weights
+    held.weight = weight
     # Not in a state dict: what is saved of such a model is its adapters.
     buffers = {"scales": scales, "transposed": transposed, "transposed_scales": transposed_scales, "channels": channels}
     for name, value in buffers.items():
