@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import here, make_base, mistakes, train, write_yaml
 
 from burnish.arguments.coerce import choices as choices_of
@@ -77,6 +78,7 @@ def test_training_gets_transformers_own_arguments(base: dict[str, Any], monkeypa
     from transformers import Seq2SeqTrainingArguments
 
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # else bf16 would become float32
     settings = train(
         *("bf16=true", "warmup_ratio=0.1", "gradient_checkpointing=true", "overwrite_output_dir=true", "tf32=false"),
         *("lr_scheduler_type=cosine", "project=pears", "run_name=first", "logging_dir=logs", "save_steps=10"),

@@ -572,25 +572,31 @@ def test_eight_at_once_are_answered_as_each_alone_and_a_failing_one_stops_no_oth
 
 
 def test_who_came_first_is_answered_first(tokenizer: Any):
+    """The first is held up until all have come, one after the other."""
     engine = small_engine(tokenizer)
     order: list[int] = []
     lengths: dict[int, int] = {}
+    all_there = threading.Event()
 
     def note(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs["input_ids"].shape[1] > 1:
             order.append(lengths[kwargs["input_ids"].shape[1]])
-        time.sleep(0.02)
+        assert all_there.wait(60)
 
     with serving(engine) as server:
         questions: list[list[Any]] = [[{"role": "user", "content": "a " * (i + 1)}] for i in range(5)]
         lengths.update({len(engine.template.prompt(each)): i for i, each in enumerate(questions)})
         engine.model.register_forward_pre_hook(note, with_kwargs=True)
-        work = []
-        for i, each in enumerate(questions):
-            work.append(
-                lambda i=i, each=each: (time.sleep(0.1 * i), ask(server.client(), messages=each, max_tokens=20))
-            )
-        in_threads(work)
+
+        def come(i: int) -> None:
+            wait_for(lambda: i == 0 or (bool(order) and server.api.dispatcher.num_waiting == i - 1))
+            ask(server.client(), messages=questions[i], max_tokens=20)
+
+        def let_go() -> None:
+            wait_for(lambda: server.api.dispatcher.num_waiting == 4)
+            all_there.set()
+
+        in_threads([*(lambda i=i: come(i) for i in range(5)), let_go])
     assert order == [0, 1, 2, 3, 4]
 
 
