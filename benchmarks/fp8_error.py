@@ -48,7 +48,7 @@ def main() -> None:
     for channels in args.channels:
         with mock.patch("burnish.model.fp8.how_many_twice", lambda _columns, c=channels: c):
             model = load(args.model)
-            hold_layers_in_fp8(model, linear_layers(model).values(), model.dtype)
+            hold_layers_in_fp8(model, linear_layers(model).values())
         for name, rows in tasks.items():
             found = compare(exact[name], predictions(model, rows))
             results.append({"name": "fp8-error", "dataset": name, "channels": channels, **found, **about(args)})

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from burnish import console
 from burnish.errors import Problem, UserError
@@ -48,12 +49,13 @@ class Fp8Linear(nn.Linear):
         return frozen_linear(input, self.frozen, self.bias)
 
 
-def hold_layers_in_fp8(model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
+def hold_layers_in_fp8(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
     """Let each plain linear layer among `layers` of `model` become an Fp8Linear, where it stands; the others are
-    counted. `dtype`: of what the model computes. Raises UserError where there is no layer to hold.
+    counted. Raises UserError where there is no layer to hold.
     """
     layers = list(layers)
     fitting = [layer for layer in layers if type(layer) is nn.Linear and fits_fp8(layer.weight)]
+    dtype = model.dtype  # before weights become bytes
     largest = _largest_channels(model, fitting)
     for layer in fitting:
         _hold(layer, largest[layer])

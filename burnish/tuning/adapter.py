@@ -33,7 +33,7 @@ def init_adapter(
     """The model to train (`requires_grad` set on every parameter), or to ask. `model` itself is changed."""
     adapters = list(model_args.adapter_name_or_path or [])
     if model_args.base_dtype == "fp8":
-        hold_layers_in_fp8(model, linear_layers(model).values(), model.dtype)
+        hold_layers_in_fp8(model, linear_layers(model).values())
     if is_quantized(model) and (problems := what_quantized_cannot(model_args, args, trainable=trainable)):
         raise UserError(problems)
     if not trainable and adapters and is_quantized(model):  # beside the weights: merged they would be rounded again

@@ -120,7 +120,7 @@ def test_compiled_blocks_give_the_gradients_of_plain_ones():
     found = []
     for fast in (False, True):
         model = small_model("llama", dtype=torch.bfloat16, head_dim=16).to(DEVICE)
-        hold_layers_in_fp8(model, linear_layers(model).values(), model.dtype)
+        hold_layers_in_fp8(model, linear_layers(model).values())
         config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
         torch.manual_seed(1)
