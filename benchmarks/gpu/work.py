@@ -44,9 +44,14 @@ def make_model(shape: str, tokenizer: Path, folder: Path) -> Path:
     return place
 
 
+def draw_lengths(rng: np.random.Generator) -> np.ndarray:
+    """Tokens of each row."""
+    return rng.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, ROWS).clip(SHORTEST, LONGEST).astype(int)
+
+
 def make_rows(tokenizer: Path, file: Path) -> Path:
     rng = np.random.default_rng(0)
-    lengths = rng.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, ROWS).clip(SHORTEST, LONGEST).astype(int)
+    lengths = draw_lengths(rng)
     words = _words(PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json")))
     rows = []
     for length in lengths:
