@@ -23,6 +23,7 @@ from torch import Tensor
 
 from burnish.kernels.fast_path import has_kernels
 
+HALF_BOOST = 1024.0  # ∂z in fp16 is stored this much larger: most of a softmax is below fp16's least number, 6e-8
 CPU_TILE = 256  # tokens; a tile's float32 logits at a vocabulary of 50k are 50 MB, and larger tiles gain nothing
 
 
@@ -83,12 +84,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
 
         needs_grad = need_hidden or need_weight or need_bias
+        # Between -1 and 1 before, so it cannot overflow. A power of two, and taken off again in the backward pass: the
+        # scale of the loss (train/scale.py) comes too late for what is computed here.
+        boost = HALF_BOOST if hidden.dtype == torch.float16 else 1.0
         tile = gpu_tile(need_weight) if hidden.is_cuda else CPU_TILE
         for start in range(0, hidden.shape[0], tile):
             h, y = hidden[start : start + tile], targets[start : start + tile]
             tile_loss = _tile_loss_on_gpu if has_kernels(hidden.device) else _tile_loss
             losses, hits, grad_logits = tile_loss(
-                F.linear(h, weight, bias), y, label_smoothing, needs_grad=needs_grad, counts=count_correct
+                F.linear(h, weight, bias), y, label_smoothing, boost, needs_grad=needs_grad, counts=count_correct
             )
             loss += losses.sum()
             if hits is not None:
@@ -106,6 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        ctx.boost = boost
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -113,10 +118,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        scale = grad_loss / ctx.boost  # float32: rounded to bf16 it would be a factor of up to 1.004 on every gradient
         return (
-            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None if grad_weight is None else _product_in(weight_dtype, grad_weight, grad_loss),
-            None if grad_bias is None else _product_in(bias_dtype, grad_bias, grad_loss),
+            None if grad_hidden is None else _product_in(grad_hidden.dtype, grad_hidden, scale),
+            None if grad_weight is None else _product_in(weight_dtype, grad_weight, scale),
+            None if grad_bias is None else _product_in(bias_dtype, grad_bias, scale),
             None,
             None,
             None,
@@ -137,20 +143,23 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product_in(dtype: torch.dtype, total: Tensor, scale: Tensor) -> Tensor:
-    """total · scale, rounded as it is written: no float32 copy of it in between."""
+    """total · scale, a float32 scalar, rounded as it is written: no float32 copy of it in between."""
     rounded = torch.empty_like(total, dtype=dtype)
     if has_kernels(total.device):
         from burnish.kernels.on_gpu import scale_into
 
         return scale_into(rounded, total, scale)
-    return torch.mul(total, scale, out=rounded)
+    wide = total.float() if total.dtype.itemsize < scale.dtype.itemsize else total  # torch would round the scale
+    return torch.mul(wide, scale, out=rounded)
 
 
 Tile = tuple[Tensor, Tensor | None, Tensor | None]  # losses [tile], hits [tile], ∂z [tile, V]
 
 
-def _tile_loss(logits: Tensor, targets: Tensor, label_smoothing: float, *, needs_grad: bool, counts: bool) -> Tile:
-    """Loss of a tile's rows, which of them hit, and ∂z in float32."""
+def _tile_loss(
+    logits: Tensor, targets: Tensor, label_smoothing: float, boost: float, *, needs_grad: bool, counts: bool
+) -> Tile:
+    """Loss of a tile's rows, which of them hit, and boost · ∂z in float32."""
     logits, at_target = logits.float(), targets[:, None]  # [tile, V], [tile, 1]
     smoothing = label_smoothing
     hits = logits.argmax(-1) == targets if counts else None
@@ -168,14 +177,14 @@ def _tile_loss(logits: Tensor, targets: Tensor, label_smoothing: float, *, needs
     if smoothing:
         grad -= smoothing / logits.shape[-1]
     grad.scatter_add_(1, at_target, torch.full_like(at_target, -(1 - smoothing), dtype=grad.dtype))
-    return losses, hits, grad
+    return losses, hits, grad if boost == 1 else grad.mul_(boost)
 
 
 def _tile_loss_on_gpu(
-    logits: Tensor, targets: Tensor, label_smoothing: float, *, needs_grad: bool, counts: bool
+    logits: Tensor, targets: Tensor, label_smoothing: float, boost: float, *, needs_grad: bool, counts: bool
 ) -> Tile:
     """The same in one kernel, with ∂z in the dtype of the logits and in their place: 2 passes over them, not 12."""
     from burnish.kernels.on_gpu import softmax_loss_
 
-    losses, hits = softmax_loss_(logits, targets, label_smoothing, needs_grad=needs_grad, counts=counts)
+    losses, hits = softmax_loss_(logits, targets, label_smoothing, boost, needs_grad=needs_grad, counts=counts)
     return losses, hits, logits if needs_grad else None

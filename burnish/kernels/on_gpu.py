@@ -17,7 +17,7 @@ _LOWEST = tl.constexpr(-1e30)  # under every logit, and its difference to itself
 
 @triton.jit
 def _softmax_loss(
-    logits, targets, losses, hits, vocabulary, smoothing,
+    logits, targets, losses, hits, vocabulary, smoothing, boost,
     NEEDS_GRAD: tl.constexpr, COUNTS: tl.constexpr, SMOOTHS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row a program; the second walk over it finds it in the cache."""
@@ -58,20 +58,20 @@ def _softmax_loss(
             if NEEDS_GRAD:
                 grad = tl.exp(x - log_sum) - smoothing / vocabulary
                 grad = tl.where(columns == target, grad - (1 - smoothing), grad)
-                tl.store(z + columns, grad.to(logits.dtype.element_ty), mask=inside)
+                tl.store(z + columns, (boost * grad).to(logits.dtype.element_ty), mask=inside)
         if COUNTS:
             tl.store(hits + row, (tl.min(first, axis=0) == target).to(tl.int32))
 
 
 def softmax_loss_(
-    logits: Tensor, targets: Tensor, smoothing: float, *, needs_grad: bool, counts: bool
+    logits: Tensor, targets: Tensor, smoothing: float, boost: float, *, needs_grad: bool, counts: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The losses of rows, [M] float32, and which of them hit. `logits` [M, V] are overwritten by their gradient."""
+    """The losses of rows, [M] float32, and which of them hit. `logits` [M, V] are overwritten by boost · gradient."""
     rows, vocabulary = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     hits = targets.new_empty(rows, dtype=torch.int32) if counts else None
     _softmax_loss[(rows,)](
-        logits, targets, losses, losses if hits is None else hits, vocabulary, smoothing,
+        logits, targets, losses, losses if hits is None else hits, vocabulary, smoothing, boost,
         NEEDS_GRAD=needs_grad, COUNTS=counts, SMOOTHS=smoothing > 0, BLOCK=4096, num_warps=8,
     )  # fmt: skip
     return losses, hits
@@ -81,7 +81,7 @@ def softmax_loss_(
 def _scale_into(rounded, total, scale, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    scaled = tl.load(total + at, mask=inside) * tl.load(scale)
+    scaled = tl.load(total + at, mask=inside).to(tl.float32) * tl.load(scale)
     tl.store(rounded + at, scaled.to(rounded.dtype.element_ty), mask=inside)
 
 

@@ -97,21 +97,24 @@ def test_kernels_give_what_their_references_give_in_float64(dtype, rounding):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, rounding, boost", [(torch.float32, 1e-5, 1.0), (torch.bfloat16, 1e-2, 1.0), (torch.float16, 2e-3, 1024.0)]
+)
 @pytest.mark.parametrize("rows, vocabulary", [(1, 97), (300, 5003), (2049, 151_936)])
-def test_the_heads_kernel_gives_losses_hits_and_gradients_of_plain_torch(rows, vocabulary, dtype, rounding, smoothing):
+def test_the_heads_kernel_gives_losses_hits_and_gradients_of_plain_torch(
+    rows, vocabulary, dtype, rounding, boost, smoothing
+):
     torch.manual_seed(0)
     logits = (torch.randn(rows, vocabulary, device=DEVICE) * 3).to(dtype)
     targets = torch.randint(0, vocabulary, (rows,), device=DEVICE)
     targets[::2] = logits[::2].argmax(-1)
-    losses, hits, grad = head_kernel._tile_loss(logits.clone(), targets, smoothing, needs_grad=True, counts=True)
-    ours, our_hits, our_grad = head_kernel._tile_loss_on_gpu(logits, targets, smoothing, needs_grad=True, counts=True)
+    given, asked = (targets, smoothing, boost), {"needs_grad": True, "counts": True}
+    losses, hits, grad = head_kernel._tile_loss(logits.clone(), *given, **asked)
+    ours, our_hits, our_grad = head_kernel._tile_loss_on_gpu(logits, *given, **asked)
     assert distance(ours, losses) < 1e-5 and torch.equal(our_hits.bool(), hits)
     assert our_grad is logits and distance(our_grad, grad) < rounding
     logits = torch.full_like(logits, float("nan"))
-    assert not torch.isfinite(
-        head_kernel._tile_loss_on_gpu(logits, targets, smoothing, needs_grad=False, counts=False)[0]
-    ).any()
+    assert not torch.isfinite(head_kernel._tile_loss_on_gpu(logits, *given, needs_grad=False, counts=False)[0]).any()
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
