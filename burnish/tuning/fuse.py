@@ -1,8 +1,9 @@
 """peft's LoRA layers compute through `kernels/`; q, k and v share products. Modules, names and files stay their own.
 
-Only the plain case is taken over: one active adapter on a linear layer, no dropout while training, no DoRA. Whatever
-else a layer may be (merged, switched off, several adapters) goes to peft's own forward, at each call. A layer on
-quantized weights has an operation of its own (kernels/dequantized_linear.py).
+Only the plain case is taken over: one active adapter on a linear layer, no dropout while training, none of peft's
+variants (DoRA, KaSA …), no trained bias below it. Whatever else a layer may be (merged, switched off, several adapters)
+goes to peft's own forward, at each call. A layer on quantized weights has an operation of its own
+(kernels/dequantized_linear.py).
 A class takes the place of a class, not a function that of each layer's: torch.compile then compiles one for all.
 """
 
@@ -72,7 +73,7 @@ def _shared(own: type[nn.Module]) -> type[nn.Module]:
 def _is_plain(layer: Any) -> bool:
     if type(layer) is not Linear or type(layer.base_layer) not in (nn.Linear, Fp8Linear):
         return False
-    return not any(layer.use_dora.values())
+    return not layer.lora_variant
 
 
 @cache
@@ -142,7 +143,10 @@ def _plain_adapter(layer: Any) -> str | None:
         return None
     name = layer.active_adapters[0]
     drops = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
-    return None if drops or layer.use_dora[name] or layer.lora_B[name].bias is not None else name
+    base_bias = layer.get_base_layer().bias
+    trains_bias = base_bias is not None and base_bias.requires_grad  # peft's `bias`: the operations give it no gradient
+    more = drops or trains_bias or name in layer.lora_variant or layer.lora_B[name].bias is not None
+    return None if more else name
 
 
 class FusedLinear(Linear):

@@ -130,7 +130,7 @@ def load_adapter(model: PreTrainedModel, name: str, model_args: ModelArguments, 
     """An adapter from a folder or a hub on `model`. One that does not fit it whole is refused."""
     folder = find_folder(name, model_args, revision=None, weights=True)
     config = _read_config(folder, name)
-    if is_quantized(model) and (problem := _beside_quantized(model, config, name)):
+    if is_quantized(model) and (problem := _beside_quantized(model, config, name, trainable)):
         raise UserError(problem)
     based_on = config.base_model_name_or_path
     if based_on and model.name_or_path and based_on != model.name_or_path:
@@ -159,12 +159,14 @@ def load_adapter(model: PreTrainedModel, name: str, model_args: ModelArguments, 
     return tuned
 
 
-def _beside_quantized(model: PreTrainedModel, config: Any, name: str) -> Problem | None:
+def _beside_quantized(model: PreTrainedModel, config: Any, name: str, trainable: bool) -> Problem | None:
     """What is the matter with an adapter that needs the weights as they were published."""
     in_fp8 = any(isinstance(layer, Fp8Linear) for layer in model.modules())
     remedy = f"leave {'base_dtype' if in_fp8 else 'quantization_bit'} out"
     if config.use_dora and in_fp8:  # peft knows how to dequantize bitsandbytes' weights alone
         return Problem(name, "", None, "is a DoRA adapter, which scales whole weights: a base in fp8 has none", remedy)
+    if trainable and config.bias != "none":
+        return Problem(name, "", None, f"trains biases of the base (bias: {config.bias}), which is frozen", remedy)
     if str(config.init_lora_weights).startswith("pissa"):
         return Problem(name, "", None, "is a PiSSA adapter, which takes whole weights apart", remedy)
     return None

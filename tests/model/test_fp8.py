@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import make_base, mistakes
 from families import ids, logits, make, save, shake
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from processes import losses, make_run, weights
 
 from burnish.arguments.parse import parse_command
@@ -252,3 +252,12 @@ def test_an_adapter_that_scales_or_takes_apart_whole_weights_is_refused(tmp_path
             tuned_by(adapter=[str(tmp_path / name)], base_dtype="fp8")
     with pytest.raises(UserError, match="scales whole weights"):
         tuned_by(base_dtype="fp8", use_dora=True)
+
+
+def test_an_adapter_that_trains_biases_of_the_base_is_refused_for_training_alone(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="all")
+    get_peft_model(make("llama"), config).save_pretrained(tmp_path)
+    args = ModelArguments(base_dtype="fp8", adapter_name_or_path=[str(tmp_path)])
+    with pytest.raises(UserError, match=r"trains biases of the base \(bias: all\)"):
+        init_adapter(make("llama"), FinetuningArguments(), args, trainable=True)
+    init_adapter(make("llama"), FinetuningArguments(), args, trainable=False)
