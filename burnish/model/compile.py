@@ -24,6 +24,9 @@ def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> 
     it is called: to see whether it fits these blocks, it would read of them what they do not have.
     """
     blocks = list(blocks)
+    # transformers 5.23 computes a block again inside what is compiled. That layers are handed x there, and let go of it
+    # (fuse.SharedInput), need not be done again in the backward pass: its graph has the products themselves.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for block in blocks:
