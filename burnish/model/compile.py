@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from burnish.model.source import first_line
+
 
 def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> str:
     """Let each block be compiled, and `try_out` run them; → why they were left as they are, or "".
@@ -39,7 +41,7 @@ def compile_blocks(blocks: Iterable[nn.Module], try_out: Callable[[], None]) -> 
         for block in blocks:
             block._compiled_call_impl = None
         torch._dynamo.reset()
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return ""
 
 

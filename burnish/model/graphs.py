@@ -8,8 +8,9 @@ it names the list. Head and loss stay as they are: how many tokens are trained d
     documents 17    → 31      one less than a power of two: the others have no tokens
     longest 700     → 2,048   a power of two, and at least this
 
-Every training pass is filled up so (`fill`), recorded or not, so that a run's numbers do not depend on what has been
-recorded. A shape is recorded when it comes for the second time. Whatever goes wrong there (work that waits for a value,
+Every training pass is filled up so (`fill`), recorded or not, and its backward pass stops at the hidden states and begins
+there again, so that a run's numbers do not depend on what has been recorded: a matrix that is head and embedding has its
+two gradients added in this order, and not to each other. A shape is recorded when it comes for the second time. Whatever goes wrong there (work that waits for a value,
 no memory) ends the recording, not the run. Gradients stay where they are from step to step, as the recorded additions
 to them do; a weight or gradient that has moved all the same is noticed, and what was recorded is forgotten.
 """
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from burnish import console
 from burnish.model.head import CausalLoss, decoder_of, unwrap
 from burnish.model.patch import size_of
+from burnish.model.source import first_line
 from burnish.types import IGNORE_INDEX, Batch
 
 TOKENS = 512  # passes are filled up to a multiple of so many
@@ -178,17 +180,31 @@ def _copied(inputs: Inputs) -> Inputs:
     return {name: copies.get(id(each), each) for name, each in inputs.items()}
 
 
-class _Replay(torch.autograd.Function):
-    """Joins a recording to the head's autograd graph. `anchor` is what asks for the gradient; it gets none."""
+class Unrecorded:
+    """A pass as it is, in the place of a recording."""
+
+    def __init__(self, hidden: Tensor):
+        self._hidden = hidden
+
+    def forward(self, _inputs: Inputs) -> Tensor:
+        return self._hidden.detach()
+
+    def backward(self, gradient: Tensor) -> None:
+        torch.autograd.backward(self._hidden, gradient)
+
+
+class _Joined(torch.autograd.Function):
+    """Joins a pass to the head's autograd graph. `anchor` is what asks for the gradient; it gets none."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, recording: Recording, inputs: Inputs) -> Tensor:
-        ctx.recording = recording
-        return recording.forward(inputs)
+    def forward(ctx: Any, anchor: Tensor, one_pass: Recording | Unrecorded, inputs: Inputs) -> Tensor:
+        ctx.one_pass = one_pass
+        return one_pass.forward(inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        ctx.recording.backward(gradient)
+        one_pass, ctx.one_pass = ctx.one_pass, None  # what it keeps is let go of before the next is computed
+        one_pass.backward(gradient)
         return None, None, None
 
 
@@ -214,10 +230,15 @@ class PassGraphs:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """→ hidden states [1, T, H]."""
-        recording = self._recording(inputs) if self._may_record and torch.is_grad_enabled() else None
-        if recording is None:
+        if not torch.is_grad_enabled():
             return self._objective.hidden_states(inputs)
-        return _Replay.apply(self._anchor, recording, inputs)  # type: ignore[return-value]
+        one_pass = self._recording(inputs) if self._may_record else None
+        if one_pass is None:
+            hidden = self._objective.hidden_states(inputs)
+            if not hidden.requires_grad:  # nothing before the head is trained
+                return hidden
+            one_pass = Unrecorded(hidden)
+        return _Joined.apply(self._anchor, one_pass, inputs)  # type: ignore[return-value]
 
     def stop(self, why: str = "") -> bool:
         """Forget what was recorded and record no more; → whether there was anything. `why` is said, if it is given."""
@@ -267,7 +288,7 @@ class PassGraphs:
             self._places = self._places_now()
             return
         except Exception as error:  # whatever a model or the device raises here means one thing: not this way
-            why = _first_line(error)
+            why = first_line(error)
         # Here, and not above: while the error is handled it holds the tensors of what was tried.
         for weight, gradient in before:
             weight.grad = gradient
@@ -303,7 +324,3 @@ class PassGraphs:
 
 def _has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
