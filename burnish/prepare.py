@@ -19,7 +19,7 @@ from burnish.model.graphs import has_dropout, pays
 from burnish.model.head import unwrap
 from burnish.model.loader import compute_dtype, load_model, parameter_table
 from burnish.model.patch import enable_gradient_checkpointing, gathered, wants_gradient_checkpointing
-from burnish.model.positions import check_positions
+from burnish.model.positions import check_positions, rotate_by_document
 from burnish.model.probe import ForwardPath, choose_path, try_out
 from burnish.model.quantized import is_dequantized
 from burnish.model.recompute import Recompute
@@ -44,6 +44,7 @@ def load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[An
     model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
     with gathered(model.parameters()):
         path = choose_path(model, keep_padding=why_padded(settings))
+    rotate_by_document(model, settings.data.cutoff_len, padding_free=path.padding_free)
     on, details = wants_gradient_checkpointing(args)
     if on:
         enable_gradient_checkpointing(model, details)

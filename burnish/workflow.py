@@ -58,6 +58,7 @@ from burnish.train import checkpoint
 from burnish.train.card import write_card
 from burnish.train.distributed import together
 from burnish.train.logs import LogCallback, ProgressCallback, save_metrics
+from burnish.train.passes import stop_if_out_of_memory
 from burnish.train.peers import Peers
 from burnish.train.plot import plot_loss
 from burnish.train.start import decide_start
@@ -69,7 +70,7 @@ Callbacks = Iterable[TrainerCallback | type[TrainerCallback]]
 
 def run_train(settings: Settings, callbacks: Callbacks = ()) -> None:
     """`burnish train`: the run of the settings' stage, alone or as one of several processes."""
-    with together(settings):
+    with together(settings), stop_if_out_of_memory("outside the steps"):
         {"pt": run_pt, "sft": run_sft}[settings.finetuning.stage](settings, callbacks)
 
 
@@ -295,6 +296,7 @@ def _make_trainer(
         pure_bf16=tuning.pure_bf16 and any(weight.dtype == torch.bfloat16 for weight in model.parameters()),
         count_correct=tuning.compute_accuracy,
         micro_batch_tokens=args.micro_batch_tokens,
+        why_padded="" if path.padding_free else path.reasons[0],
         recompute=may_recompute(settings, args, model),
         recorder=may_record(settings, args, model, path, datasets.train),
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),

@@ -8,11 +8,12 @@ it names the list. Head and loss stay as they are: how many tokens are trained d
     documents 17    → 31      one less than a power of two: the others have no tokens
     longest 700     → 2,048   a power of two, and at least this
 
-Every training pass is filled up so (`fill`), recorded or not, and its backward pass stops at the hidden states and begins
-there again, so that a run's numbers do not depend on what has been recorded: a matrix that is head and embedding has its
-two gradients added in this order, and not to each other. A shape is recorded when it comes for the second time. Whatever goes wrong there (work that waits for a value,
-no memory) ends the recording, not the run. Gradients stay where they are from step to step, as the recorded additions
-to them do; a weight or gradient that has moved all the same is noticed, and what was recorded is forgotten.
+Every training pass is filled up so (`fill`), recorded or not, and its backward pass stops at the hidden states and
+begins there again, so that a run's numbers do not depend on what has been recorded: a matrix that is head and embedding
+has its two gradients added in this order, and not to each other. A shape is recorded when it comes for the second time.
+Whatever goes wrong there (work that waits for a value, no memory) ends the recording, not the run. Gradients stay where
+they are from step to step, as the recorded additions to them do; a weight or gradient that has moved all the same is
+noticed, and what was recorded is forgotten.
 """
 
 from __future__ import annotations

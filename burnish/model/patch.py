@@ -51,6 +51,21 @@ def wants_gradient_checkpointing(args: Any) -> tuple[bool, dict[str, Any] | None
     return bool(on), settings
 
 
+def rotary_by_length(model: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
+    """Rotary embeddings whose frequencies hang on the largest position of a forward pass, which is what transformers'
+    `dynamic_rope_update` looks at: (module, type, the length up to which they do not)."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        parameters = getattr(config, "rope_parameters", None)
+        if not parameters or not hasattr(module, "rope_type"):
+            continue
+        for each in [parameters] if "rope_type" in parameters else filter(None, parameters.values()):
+            kind = each["rope_type"]
+            if "dynamic" in kind or kind == "longrope":
+                length = config.max_position_embeddings
+                yield module, kind, min(length, each.get("original_max_position_embeddings") or length)
+
+
 def swiglu_layers(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module] | None:
     """The three layers of a block that computes down(silu(gate(x)) · up(x)), as most families call them; else None.
 

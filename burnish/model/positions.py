@@ -7,14 +7,18 @@ ends. `rope_scaling` is written into the model's configuration, so what is saved
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from burnish import console
 from burnish.errors import Problem, UserError
 from burnish.model.arguments import ModelArguments
+from burnish.model.patch import rotary_by_length
 from burnish.model.source import find_model, read_json
 
 ROPE_FACTOR = 2.0  # where no length says how far positions must reach
@@ -92,3 +96,42 @@ def _scaled(parameters: dict[str, Any], kind: str, factor: float, positions: int
     if kind == "llama3":
         scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's own
     return scaled
+
+
+def rotate_by_document(model: nn.Module, cutoff_len: int, *, padding_free: bool) -> None:
+    """Rotary frequencies chosen by the length of each document, not by the longest that lies in the same pass.
+
+    Types `dynamic` and `longrope` choose by the largest position of a forward pass, so what a document teaches would
+    hang on its neighbours and on how a step is cut. One choice for the whole run, by cutoff_len, would end that too,
+    but texts within the model's own length are served with its own frequencies, and would be trained with others. Rows
+    of a padded batch have one set of positions, which does not say where each ends: there it can only be said.
+    """
+    for rotary, kind, length in rotary_by_length(model):
+        if cutoff_len <= length:
+            continue
+        if not padding_free:
+            console.warn(
+                f"rope_type {kind}: a row of more than {length:,} tokens changes the positions of all rows of its "
+                "padded batch, and so what they teach; per_device_train_batch_size: 1 keeps them apart"
+            )
+            return
+        rotary.forward = partial(_each_document, rotary.forward, length)
+
+
+def _each_document(
+    rotate: Callable[..., tuple[Tensor, Tensor]], length: int, x: Tensor, position_ids: Tensor, *layer: Any, **how: Any
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, T, D] of documents laid end to end, each of which begins at position 0."""
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    if position_ids.shape[0] > 1 or starts[:1] != [0]:  # no documents: a callback that generates
+        return rotate(x, position_ids, *layer, **how)
+
+    def from_short(positions: Tensor) -> tuple[Tensor, Tensor]:
+        rotate(x, position_ids[:, :1], *layer, **how)  # what has grown for a longer document is put back
+        return rotate(x, positions, *layer, **how)
+
+    cos, sin = from_short(position_ids.clamp(max=length - 1))
+    for start, end in pairwise([*starts, position_ids.shape[1]]):
+        if end - start > length:
+            cos[:, start:end], sin[:, start:end] = from_short(position_ids[:, start:end])
+    return cos, sin

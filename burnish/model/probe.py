@@ -19,6 +19,7 @@ from burnish.model.attention import ATTENTION_NAME, register
 from burnish.model.fp8 import Fp8Linear
 from burnish.model.head import decoder_of, unwrap
 from burnish.model.patch import shape_of
+from burnish.model.source import first_line
 
 PROBE_LENGTHS = (9, 7)  # tokens of the two documents; the first is odd so that no alignment helps
 LOUD = 64.0  # what the head gives is multiplied by it: a cap hardly bends the small logits of a model with new weights
@@ -91,7 +92,7 @@ def _padding_free(model: nn.Module, ids: Tensor) -> tuple[bool, str]:
         apart = not _gradient_at_embeddings(inner, ids, lengths)[:, :border].any()
     except Exception as error:  # whatever a model raises here means one thing: not this way
         inner.set_attn_implementation(own_attention)
-        return False, f"{type(inner).__name__}: {_first_line(error)}"
+        return False, f"{type(inner).__name__}: {first_line(error)}"
     # Other kernels on other shapes: rounding may differ (in bf16 a router may even choose another expert).
     rounds = packed.dtype != torch.float32 or any(isinstance(module, Fp8Linear) for module in inner.modules())
     if apart and close(packed, alone, rounding=0.25 if rounds else 1e-3):
@@ -129,7 +130,7 @@ def _fused_head(model: nn.Module, ids: Tensor) -> tuple[bool, str]:
     try:
         hidden = decoder_of(inner)(**inputs, use_cache=False).last_hidden_state
     except (AttributeError, TypeError) as error:
-        return False, f"{name}: {_first_line(error)}"
+        return False, f"{name}: {first_line(error)}"
     if not close(head(hidden) * LOUD, own.logits, rounding=1e-3):
         return False, f"the logits of {name} are not its head's product alone"
     # From the model's own logits, so that what is compared is the rule alone, to float32's rounding in any dtype.
@@ -176,7 +177,3 @@ def _vocabulary(model: nn.Module) -> int:
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

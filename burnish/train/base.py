@@ -30,8 +30,8 @@ class TrainerFrame:
     `objective` gives the summed loss of a Batch, `collate` makes a Batch of Samples, `train_dataset` is a store or a
     stream of Samples, `eval_dataset` a store or a dict of stores. With `pack_to` a batch is rows of up to so many
     tokens in the place of samples. `beside_weights(folder)` may add files to every checkpoint (`burnish.yaml`).
-    `micro_batch_tokens` and `recompute` say what a pass may hold (passes.py). With a `recorder` passes are recorded and
-    replayed (model/graphs.py).
+    `micro_batch_tokens` and `recompute` say what a pass may hold (passes.py), `why_padded` why `collate` pads, if it
+    does. With a `recorder` passes are recorded and replayed (model/graphs.py).
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class TrainerFrame:
         pure_bf16: bool = False,
         count_correct: bool = False,
         micro_batch_tokens: str = "auto",
+        why_padded: str = "",
         recompute: Recompute | None = None,
         recorder: Recorder | None = None,
         beside_weights: Callable[[Path], None] | None = None,
@@ -59,7 +60,7 @@ class TrainerFrame:
         self.processing_class, self.beside_weights = processing_class, beside_weights
         self.loraplus_lr_ratio, self.count_correct = loraplus_lr_ratio, count_correct
         self.micro_batch_tokens, self.recompute, self.recorder = micro_batch_tokens, recompute, recorder
-        self.pure_bf16 = pure_bf16
+        self.pure_bf16, self.why_padded = pure_bf16, why_padded
         self.device: torch.device = args.device
         self.output_dir = Path(args.output_dir)
         reporters = get_reporting_integration_callbacks(args.report_to)

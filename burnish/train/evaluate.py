@@ -12,6 +12,7 @@ from transformers.trainer_utils import SaveStrategy, speed_metrics
 
 from burnish.errors import Problem, UserError
 from burnish.train.base import TrainerFrame
+from burnish.train.passes import stop_if_out_of_memory
 from burnish.types import Batch
 
 
@@ -40,6 +41,7 @@ class Evaluation(TrainerFrame):
         step, metrics = self.measured
         return metrics if step == self.state.global_step else self.evaluate()
 
+    @stop_if_out_of_memory("in the evaluation", "Lower --per_device_eval_batch_size: its batches are never cut.")
     def evaluation_loop(self, dataloader: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Sums on the device over all batches; nothing of a batch is kept, so memory does not grow with the set.
 

@@ -10,7 +10,9 @@ are never cut. Only samples laid end to end can be cut anew: padded batches stay
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -28,6 +30,11 @@ from burnish.types import Batch
 AUTO = 16_384
 EFFICIENT = 4_096
 
+NEED_LESS = (
+    "`burnish plan` says what a run needs. finetuning_type: lora needs less, and so does pure_bf16: true; --deepspeed "
+    "divides it among several GPUs."
+)
+
 
 class Passes:
     """Runs the passes of each step, and remembers how many tokens one may hold."""
@@ -37,21 +44,22 @@ class Passes:
         asked: str,
         device: torch.device,
         *,
-        can_be_cut: bool,
+        why_whole: str = "",
         recompute: Recompute | None = None,
         graphs: PassGraphs | None = None,
     ):
-        """`asked`: micro_batch_tokens, a number or auto. `recompute`: the blocks that may be computed again. `graphs`:
-        what has been recorded of passes, which takes memory too."""
+        """`asked`: micro_batch_tokens, a number or auto. `why_whole`: the reason, if batches cannot be cut.
+        `recompute`: the blocks that may be computed again. `graphs`: what has been recorded of passes, which takes
+        memory too."""
         self._recompute, self._graphs = recompute, graphs
-        self._is_auto, self._on_gpu, self._can_be_cut = asked == "auto", device.type == "cuda", can_be_cut
+        self._is_auto, self._on_gpu, self._can_be_cut = asked == "auto", device.type == "cuda", not why_whole
         self.most_tokens: int | None = None  # None: the batches are the passes
         if self._is_auto:
-            self.most_tokens = AUTO if self._on_gpu and can_be_cut else None
-        elif can_be_cut:
+            self.most_tokens = AUTO if self._on_gpu and self._can_be_cut else None
+        elif self._can_be_cut:
             self.most_tokens = int(asked)
         else:
-            console.warn("micro_batch_tokens is not used: DeepSpeed, or a loss that is a mean, wants whole batches")
+            console.warn(f"micro_batch_tokens is not used, batches stay whole: {why_whole}")
 
     def run(
         self,
@@ -150,11 +158,25 @@ class _Ends:
         return False
 
 
+@contextmanager
+def stop_if_out_of_memory(where: str, remedy: str = NEED_LESS) -> Iterator[None]:
+    """What does not fit and is no pass cannot be made smaller: the run ends, and one message says where."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # whoever keeps the RunStopped would keep their tensors
+        raise RunStopped(f"{_reason(error)} {where}.\n{remedy}", 1) from None
+
+
+def _reason(error: torch.OutOfMemoryError) -> str:
+    return str(error).split(". ")[0] or "out of memory"
+
+
 def _too_large(error: torch.OutOfMemoryError) -> str:
-    reason = str(error).split(". ")[0]
     return (
-        f"{reason}.\nThe rows of a pass cannot be parted further. Lower --cutoff_len (--per_device_train_batch_size "
-        "where batches are padded or DeepSpeed divides the model), or set --gradient_checkpointing true if it is false."
+        f"{_reason(error)}.\nThe rows of a pass cannot be parted further. Lower --cutoff_len "
+        "(--per_device_train_batch_size where batches are padded or DeepSpeed divides the model), or set "
+        "--gradient_checkpointing true if it is false."
     )
 
 

@@ -37,7 +37,7 @@ from burnish.train.interrupt import STOPPING, Interrupt
 from burnish.train.noise import EmbeddingNoise
 from burnish.train.nonfinite import NOT_AGAIN, FiniteGuard, StepRecord, diagnose
 from burnish.train.optimizer import LocalUpdate, create_scheduler, current_learning_rate, steps_on_metric
-from burnish.train.passes import Passes
+from burnish.train.passes import Passes, stop_if_out_of_memory
 from burnish.train.steps import Steps, count_steps
 from burnish.train.weights import load_weights, save_weights
 from burnish.types import Batch
@@ -96,9 +96,8 @@ class Trainer(Evaluation):
         self.last_logged_step = 0
         self.measured = NOT_MEASURED
         self.last_saved_step = -1
-        can_be_cut = self.objective.fused and not self.is_divided
         how: dict[str, Any] = {"recompute": self.recompute, "graphs": self.graphs}
-        self.passes = Passes(self.micro_batch_tokens, self.device, can_be_cut=can_be_cut, **how)
+        self.passes = Passes(self.micro_batch_tokens, self.device, why_whole=self._why_whole(), **how)
         self.epochs_ended = 0  # those of which callbacks have heard the end
         self._grad_norm: Tensor | None = None
         self._learning_rate = current_learning_rate(self.optimizer)
@@ -113,6 +112,14 @@ class Trainer(Evaluation):
         for name in ("model", "optimizer", "lr_scheduler", "train_dataloader"):
             setattr(self.callback_handler, name, getattr(self, name))
 
+    def _why_whole(self) -> str:
+        """Why batches cannot be cut into passes, if they cannot."""
+        if self.is_divided:
+            return "DeepSpeed divides the model"
+        padded = f"they are padded ({self.why_padded})" if self.why_padded else ""
+        return padded or ("" if self.objective.fused else "the model's own loss is a mean over each")
+
+    @stop_if_out_of_memory("where the optimizer and its float32 masters are made")
     def _make_update(self) -> Any:
         if not self.is_divided:
             how: dict[str, Any] = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "pure_bf16": self.pure_bf16}
@@ -166,9 +173,10 @@ class Trainer(Evaluation):
 
         # 3. The update, left out where something is not finite.
         self.peers.add(step_loss)
-        self.update.gather_gradients(self.args.max_grad_norm)
-        self.tell("on_pre_optimizer_step")
-        updated, must_not, self._grad_norm = self.update.step(partial(self.guard.check, before), step_loss)
+        with stop_if_out_of_memory("in the optimizer's step"):  # AdamW makes its moments in the first
+            self.update.gather_gradients(self.args.max_grad_norm)
+            self.tell("on_pre_optimizer_step")
+            updated, must_not, self._grad_norm = self.update.step(partial(self.guard.check, before), step_loss)
         self.tell("on_optimizer_step")
         self._learning_rate = current_learning_rate(self.optimizer)
         if updated and not steps_on_metric(self.lr_scheduler):

@@ -7,12 +7,18 @@ import json
 import pytest
 import torch
 from families import ids, logits, make, save
+from processes import make_run
+from small import samples, small_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from burnish.cli import main
+from burnish.data.loader import collate
 from burnish.errors import UserError
 from burnish.model.arguments import ModelArguments
+from burnish.model.head import CausalLoss
 from burnish.model.loader import load_model
-from burnish.model.positions import check_positions
+from burnish.model.positions import check_positions, rotate_by_document
+from burnish.model.probe import choose_path
 
 
 def load(folder, *, max_length=None, **settings):
@@ -102,3 +108,74 @@ def test_a_cutoff_beyond_the_models_positions_is_said_and_refused_where_there_ar
     )
     with pytest.raises(UserError, match=r"cutoff_len 128 is more than the 64 positions.*set cutoff_len: 64"):
         check_positions(learned, 128, scaled=False)
+
+
+BY_LENGTH = {
+    "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, 32),
+    "longrope": (
+        {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]}
+        | {"original_max_position_embeddings": 32},
+        128,
+    ),
+}
+
+
+def by_length(kind):
+    """A Llama that turns texts of more than 32 tokens with other frequencies."""
+    own, positions = BY_LENGTH[kind]
+    rope = {"rope_theta": 10000.0} | own
+    model = small_model("llama", max_position_embeddings=positions, rope_parameters=rope, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight *= 8.0 if "self_attn" in name else 1.0  # new weights hardly look at positions
+    return model
+
+
+def alone(kind, row):
+    """As it is served: by a model that has read nothing before."""
+    ids, labels = (torch.tensor(part[None], dtype=torch.long) for part in (row.input_ids, row.labels))
+    return by_length(kind)(input_ids=ids, labels=labels).loss.item() * row.num_trained
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_a_document_is_to_the_model_what_it_is_alone_whatever_lies_beside_it(kind):
+    rows = [row for row in samples(40, longest=64) if len(row) > 8]
+    rows = [*rows[:12], *sorted(rows, key=len)[-2:], *sorted(rows, key=len)[:2]]
+    assert {len(row) > 32 for row in rows} == {True, False}
+    model = by_length(kind)
+    assert choose_path(model).padding_free
+    rotate_by_document(model, 64, padding_free=True)
+    objective = CausalLoss(model, fused=True)
+    each = [objective(collate([row])).loss.item() for row in rows]
+    assert each == pytest.approx([alone(kind, row) for row in rows], rel=1e-6)
+    assert objective(collate(rows)).loss.item() == pytest.approx(sum(each), rel=1e-6)
+    assert objective(collate(rows[::-1])).loss.item() == pytest.approx(sum(each), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_a_model_generates_while_it_is_trained_what_it_does_otherwise(kind):
+    model, begin = by_length(kind), torch.arange(3, 33)[None]
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    plain = by_length(kind).generate(begin, output_logits=True, return_dict_in_generate=True, **how)
+    rotate_by_document(model, 64, padding_free=True)
+    found = model.generate(begin, output_logits=True, return_dict_in_generate=True, **how)
+    assert torch.equal(torch.cat(found.logits), torch.cat(plain.logits))
+
+
+def test_padded_rows_that_change_each_others_positions_are_said(capsys):
+    for kind in BY_LENGTH:
+        rotate_by_document(by_length(kind), 32, padding_free=False)
+        rotate_by_document(by_length(kind), 64, padding_free=True)
+    rotate_by_document(small_model("llama"), 10**6, padding_free=False)
+    assert capsys.readouterr().err == ""
+    rotate_by_document(by_length("dynamic"), 64, padding_free=False)
+    assert "rope_type dynamic: a row of more than 32 tokens changes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_training_prepares_the_positions_of_its_model(padded, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("burnish.prepare.rotate_by_document", lambda *given, **how: asked.append((given[1], how)))
+    words = [*make_run(tmp_path, rows=4), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    assert main(["train", *words, "--cutoff_len", "77", *(["--flash_attn", "sdpa"] if padded else [])]) == 0
+    assert asked == [(77, {"padding_free": not padded})]

@@ -24,8 +24,8 @@ from burnish.tuning.blocks import find_blocks
 
 
 def model_of(method, dtype):
-    model = small_model(dtype=dtype)
-    if method == "full":
+    model = small_model(dtype=dtype, tie_word_embeddings=method == "tied")
+    if method != "lora":
         return model
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -82,7 +82,7 @@ def test_gradients_of_a_run_that_may_be_recorded_are_float32_from_the_first_pass
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "tied", "lora"])
 def test_a_recorded_run_is_the_unrecorded_one_bit_for_bit(method, dtype, tmp_path):
     recorder = Again()
     _, watched, losses, weights = a_run(tmp_path / "recorded", method, dtype, recorder=recorder)
@@ -101,11 +101,12 @@ def test_what_is_filled_up_is_no_token_of_a_log(tmp_path):
     assert filled.graphs is not None and filled.graphs.count == 0 and filled.objective.graphs is None  # after the run
 
 
-def test_a_resumed_run_that_records_anew_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("method", ["full", "tied"])
+def test_a_resumed_run_that_records_anew_is_the_uninterrupted_one_bit_for_bit(method, tmp_path):
     how = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12}
-    _, _, losses, weights = a_run(tmp_path, recorder=Again(), **how)
+    _, _, losses, weights = a_run(tmp_path, method, recorder=Again(), **how)
     recorder = Again()
-    _, _, again, resumed = a_run(tmp_path, recorder=recorder, resume=tmp_path / "checkpoint-5", **how)
+    _, _, again, resumed = a_run(tmp_path, method, recorder=recorder, resume=tmp_path / "checkpoint-5", **how)
     assert recorder.replayed and again == losses
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
 
@@ -165,7 +166,7 @@ class Held:
 def test_out_of_memory_recordings_go_first_and_then_passes_get_smaller(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     graphs, asked = Held(True), []
-    passes = Passes("auto", torch.device("cuda"), can_be_cut=True, graphs=graphs)
+    passes = Passes("auto", torch.device("cuda"), graphs=graphs)
 
     def one_pass(batch, *, last):
         asked.append(batch.labels.numel())
@@ -189,7 +190,7 @@ def test_where_blocks_are_computed_again_nothing_is_recorded():
         passes = Passes(
             "auto",
             torch.device("cuda"),
-            can_be_cut=False,
+            why_whole="DeepSpeed",
             recompute=Recompute(model, find_blocks(model).values()),
             graphs=graphs,
         )

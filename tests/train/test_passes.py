@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 
 import pytest
 import torch
-from small import arguments, samples, small_model, trainer
+from processes import make_run
+from small import arguments, samples, small_model, trainer, tuned
 from transformers import TrainerCallback
 
+from burnish.cli import main
 from burnish.data.loader import collate
 from burnish.errors import RunStopped
 from burnish.model.head import CausalLoss
@@ -124,7 +127,7 @@ class Small:
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    return Passes("auto", torch.device("cuda"), can_be_cut=True)
+    return Passes("auto", torch.device("cuda"))
 
 
 def test_out_of_memory_the_whole_step_is_run_again_in_halves_from_the_same_random_numbers(on_a_gpu, capsys):
@@ -156,7 +159,7 @@ def test_a_resumed_run_begins_with_the_passes_that_fitted(on_a_gpu):
     assert on_a_gpu.most_tokens == 4096
     on_a_gpu.remember({"most_tokens": 8192, "recomputed": 0})
     assert on_a_gpu.most_tokens == 4096
-    named = Passes("500", torch.device("cuda"), can_be_cut=True, recompute=blocks_of(model := small_model()))
+    named = Passes("500", torch.device("cuda"), recompute=blocks_of(model := small_model()))
     named.remember({"most_tokens": 100, "recomputed": 2})
     assert named.most_tokens == 500
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, True, False]
@@ -184,7 +187,7 @@ def test_where_rows_cannot_be_parted_as_few_blocks_as_needed_are_computed_again(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     model = small_model(num_hidden_layers=8)
     device = Fitting(model, needed=3)
-    run = Passes("auto", torch.device("cuda"), can_be_cut=True, recompute=blocks_of(model))
+    run = Passes("auto", torch.device("cuda"), recompute=blocks_of(model))
     run.run(batches(1), device.one_pass, end_batch=lambda: False, forget=device.forget)
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True] * 4 + [False] * 4
     assert not model.model.gradient_checkpointing
@@ -193,6 +196,42 @@ def test_where_rows_cannot_be_parted_as_few_blocks_as_needed_are_computed_again(
     with pytest.raises(RunStopped):
         run.run(batches(1), device.one_pass, end_batch=lambda: False, forget=device.forget)
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def kept(model):
+    """Bytes that one pass keeps for the backward pass beside what is computed again."""
+    found = {}
+
+    def note(tensor):
+        found[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        CausalLoss(model, fused=True)(collate(samples(5)))
+    return sum(found.values())
+
+
+def test_every_block_that_is_computed_again_frees_memory_where_the_lower_ones_stand_still():
+    model = tuned(small_model(num_hidden_layers=8, tie_word_embeddings=False), "freeze")
+    assert choose_path(model).padding_free
+    again, held = blocks_of(model), [kept(model)]
+    while again.more():
+        held.append(kept(model))
+    assert len(held) == 3 and held[0] > held[1] > held[2]
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [False] * 6 + [True] * 2
+    assert str(again) == "2 of the last 2 blocks"
+    again.set(6)  # as a checkpoint of an older run may have it
+    assert again.count == 2 and not again.more()
+
+
+@pytest.mark.parametrize("name, number", [
+    ("model.embed_tokens.weight", 3), ("lm_head.weight", 1), ("model.layers.1.mlp.up_proj.weight", 2),
+])  # fmt: skip
+def test_blocks_above_whatever_is_trained_may_be_computed_again(name, number):
+    model = small_model(tie_word_embeddings=False).requires_grad_(False)
+    model.get_parameter("model.layers.2.mlp.up_proj.weight").requires_grad_()
+    model.get_parameter(name).requires_grad_()
+    assert str(blocks_of(model)).startswith("0 of ") and str(blocks_of(model)).endswith(f"{number} blocks")
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -212,11 +251,57 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(count):
 
 
 def test_on_the_cpu_and_where_nothing_can_be_cut_the_batches_are_the_passes(capsys):
-    assert Passes("auto", torch.device("cpu"), can_be_cut=True).most_tokens is None
-    assert Passes("auto", torch.device("cuda"), can_be_cut=False).most_tokens is None
+    assert Passes("auto", torch.device("cpu")).most_tokens is None
+    assert Passes("auto", torch.device("cuda"), why_whole="DeepSpeed").most_tokens is None
     assert not capsys.readouterr().err
-    assert Passes("100", torch.device("cpu"), can_be_cut=False).most_tokens is None
-    assert "micro_batch_tokens is not used" in capsys.readouterr().err
+    assert Passes("100", torch.device("cpu"), why_whole="DeepSpeed").most_tokens is None
+    assert "micro_batch_tokens is not used, batches stay whole: DeepSpeed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, reason", [
+    ("flash_attn=sdpa", "they are padded (flash_attn: sdpa is the model's own attention)"),
+    ("ignore_pad_token_for_loss=false", "they are padded (ignore_pad_token_for_loss: false trains padding)"),
+    ("flash_attn=fa2", None),
+])  # fmt: skip
+def test_a_run_says_where_a_setting_keeps_its_batches_whole(words, reason, tmp_path, capsys):
+    given = [*make_run(tmp_path, rows=4), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", words]
+    assert main(["train", *given, "--micro_batch_tokens", "100"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "micro_batch_tokens" in line]
+    assert len(said) == (reason is not None) and all(line.endswith(f"batches stay whole: {reason}") for line in said)
+
+
+# ---- out of memory where there is no pass --------------------------------------------------------------------------
+
+
+def no_memory(*_, **__):
+    held = torch.zeros(3)
+    HELD.append(weakref.ref(held))
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
+
+
+HELD: list[weakref.ref[torch.Tensor]] = []
+
+
+@pytest.mark.parametrize("what, where, remedy", [
+    ("burnish.train.adamw.AdamW.step", "in the optimizer's step", "`burnish plan`"),
+    ("burnish.train.optimizer.Masters.__init__", "where the optimizer and its float32 masters are made", "pure_bf16"),
+    ("burnish.train.evaluate.Evaluation.prediction_step", "in the evaluation", "--per_device_eval_batch_size"),
+    ("burnish.prepare.init_adapter", "outside the steps", "finetuning_type: lora"),
+])  # fmt: skip
+def test_out_of_memory_outside_the_passes_is_one_message(what, where, remedy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(what, no_memory)
+    given = [*make_run(tmp_path, rows=8), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    assert main(["train", *given, "--val_size", "2", "--do_eval"]) == 1
+    told = capsys.readouterr().err
+    assert f"CUDA out of memory {where}.\n" in told and remedy in told and "Traceback" not in told
+
+
+def test_what_was_being_made_is_free_while_the_message_is_held(tmp_path, monkeypatch):
+    run = trainer(small_model(), arguments(tmp_path), samples(4))
+    monkeypatch.setattr("burnish.train.optimizer.LocalUpdate.step", no_memory)
+    with pytest.raises(RunStopped) as stopped:
+        run.train()
+    assert stopped.value.status == 1 and HELD[-1]() is None
 
 
 def test_a_checkpoint_keeps_the_cut(tmp_path):
