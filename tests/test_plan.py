@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,34 @@ import torch
 from commands import here
 from small import SHAPE, samples
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from burnish import cli
+from burnish.arguments.parse import parse_command
 from burnish.data.loader import collate
 from burnish.model.arguments import ModelArguments
 from burnish.model.head import decoder_of, unwrap
 from burnish.model.probe import packed_inputs
 from burnish.plan.block import STAND_IN, Measured, measure, register
+from burnish.plan.devices import find_device
+from burnish.plan.fit import fit
 from burnish.plan.memory import MOMENTS, Held, most_memory
 from burnish.plan.model import Asked, Shape, shape_of_model
 from burnish.plan.options import plan_options
-from burnish.plan.steps import Pass, passes_of
+from burnish.plan.run import Run
+from burnish.plan.speed import BATCH, ONE_PASS, ROUNDED, Rates, Time, time_of_step
+from burnish.plan.steps import Pass, Rows, passes_of
 from burnish.train.optimizer import OPTIMIZERS
 from burnish.train.passes import cut
+from burnish.train.rounding import AdamW
 from burnish.tuning.adapter import init_adapter
 from burnish.tuning.arguments import FinetuningArguments
 from burnish.tuning.blocks import find_blocks
 from burnish.tuning.fuse import fuse_lora
 
+RATES = Rates.of(find_device("h100"), torch.bfloat16)
 WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
 
 
@@ -155,6 +165,42 @@ def test_a_frozen_block_below_the_trained_ones_keeps_nothing():
     assert [bool(cost.backward.kernels) for cost in costs] == [False, False, True]
 
 
+def frozen_but_the_last(folder: Path) -> Shape:
+    model = ModelArguments(model_name_or_path=write_config(folder))
+    tuning = FinetuningArguments(finetuning_type="freeze", freeze_trainable_layers=1)
+    return shape_of_model(Asked(model, tuning, torch.bfloat16, compiled=True))
+
+
+def test_blocks_without_a_backward_pass_are_neither_computed_again_nor_kept(tmp_path):
+    """Of three the last alone is trained: asked to compute all again, the plan does so with that one."""
+    shape, each, held = frozen_but_the_last(tmp_path), Pass(4096, 4096, 4096.0**2, 4096), Held("adamw_torch")
+
+    def time_and_kept(recomputed: int) -> tuple[Time, float]:
+        time = time_of_step(shape, held, RATES, [each], recomputed=recomputed, trained_share=1.0, batches=1)
+        memory = most_memory(shape, held, each, recomputed=recomputed, passes=1)
+        return time, memory.parts.get("activations", 0.0)
+
+    assert time_and_kept(2) == time_and_kept(0)
+    (slower, kept), (time, all_kept) = time_and_kept(3), time_and_kept(0)
+    assert slower.parts["attention"] > time.parts["attention"] and kept < all_kept
+
+
+def test_where_memory_is_short_blocks_without_a_backward_pass_are_passed_over(tmp_path, base):
+    """As model/recompute.py does: of three the last alone is trained, and is the first to be computed again."""
+    words = ["finetuning_type=freeze", "freeze_trainable_layers=1"]
+    run = Run.of(parse_command("train", [f"model_name_or_path={write_config(tmp_path / 'model')}", *base, *words]), 1)
+    roomy = fit(run, Rows.unread(4096, "of no use here"), find_device("h100"))
+    assert roomy.fits and roomy.computed_again == 0
+    small = replace(find_device("h100"), memory_gib=roomy.memory.needed / 2**30 * 0.5)
+    tight = fit(run, Rows.unread(4096, "of no use here"), small)
+    assert tight.computed_again == 1
+
+
+def test_a_frozen_block_that_the_compiler_cannot_read_has_no_backward_pass_either(tmp_path, monkeypatch):
+    monkeypatch.setattr("burnish.plan.block._backend", lambda *_: "none of this name")
+    assert [cost.goes_back for cost in frozen_but_the_last(tmp_path).measured.blocks] == [False, False, True]
+
+
 # ---- steps and passes ------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +215,45 @@ def test_passes_are_cut_as_training_cuts_them(most_tokens):
 
 def test_every_optimizer_has_its_moments():
     assert set(MOMENTS) == set(OPTIMIZERS)
+
+
+class Moved(TorchDispatchMode):
+    """Adds up the bytes that operations read and write, each tensor whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func._schema.name
+        read = args[1:] if name.endswith("copy_") else args
+        written = args[0] if "_foreach_" in name else result
+        if not func.is_view:
+            self.bytes += sum(each.nbytes for each in tree_leaves((read, kwargs, written)) if torch.is_tensor(each))
+        return result
+
+
+def test_what_an_update_of_pure_bf16_moves_is_counted():
+    """Its gradient apart, and with what clipping moves of that: 4 bytes a weight."""
+    weight = nn.Parameter(torch.ones(512, 512, dtype=torch.bfloat16))
+    optimizer = AdamW([weight])
+    optimizer.found_inf = torch.zeros(())  # as training gives it
+    for _ in range(2):  # the first makes the moments
+        weight.grad = torch.ones_like(weight)
+        with Moved() as moved:
+            optimizer.step()
+    assert moved.bytes / weight.numel() == pytest.approx(ROUNDED + 2 - 4, abs=0.01)
+
+
+def test_pure_bf16_takes_the_time_of_its_own_optimizer(tmp_path):
+    shape, each = small_shape(tmp_path, kind="full"), Pass(64, 64, 64.0**2, 64)
+
+    def seconds(held: Held) -> float:
+        how: dict[str, Any] = {"recomputed": 0, "trained_share": 1.0, "batches": 1}
+        return time_of_step(shape, held, RATES, [each], **how).parts["optimizer"]
+
+    one_pass, rounded = seconds(Held("adamw_torch")), seconds(Held("adamw_torch", pure_bf16=True))
+    assert rounded / one_pass == pytest.approx((ROUNDED + 4) / (ONE_PASS + 4))  # the gradient is read twice
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -288,9 +373,17 @@ def test_a_recorded_step_waits_for_no_batches_and_asks_little_of_the_cpu(tmp_pat
     recorded, launched = (planned([*words, f"cuda_graphs={how}"], capsys)[1] for how in ("true", "false"))
     assert recorded["recorded_as_cuda_graphs"] and not launched["recorded_as_cuda_graphs"]
     assert recorded["cpu_ms"] < launched["cpu_ms"]
-    assert recorded["step_ms"] < launched["step_ms"] - 4 * 10  # four batches, 12 ms each
+    assert recorded["step_ms"] < launched["step_ms"] - 4 * 1e3 * BATCH  # four batches
     assert recorded["time_ms"]["between recorded kernels"] > 0 and "between recorded kernels" not in launched["time_ms"]
     assert recorded["memory_gib"]["recorded hidden states"] > 0
+
+
+def test_a_change_that_cannot_be_recorded_is_planned_as_it_would_run(tmp_path, base):
+    """Where a run may be recorded, and the change that is tried may not."""
+    settings = parse_command("train", [f"model_name_or_path={write_config(tmp_path / 'model')}", *base])
+    run, rows = Run.of(settings, 1), Rows.unread(40, "of no use here")
+    changes = [run, replace(run, held=replace(run.held, pure_bf16=True)), replace(run, recompute=True)]
+    assert [fit(each, rows, find_device("h100")).run.held.recorded for each in changes] == [True, False, False]
 
 
 def test_passes_that_are_filled_up_end_in_a_plan_too(tmp_path, base, capsys):
@@ -299,6 +392,48 @@ def test_passes_that_are_filled_up_end_in_a_plan_too(tmp_path, base, capsys):
     words = [f"model_name_or_path={write_config(tmp_path / 'model', **shape)}", *base, "cutoff_len=40"]
     status, plan = planned([*words, "finetuning_type=full", "cuda_graphs=true", "--device", "l4"], capsys)
     assert status == 1 and plan["pass_tokens"] == 512 and not plan["recorded_as_cuda_graphs"]
+
+
+OFFLOADS = {
+    "null": ({"stage": 2, "offload_optimizer": None}, 2, False),
+    "an object without a device": ({"stage": 1, "offload_optimizer": {}}, 1, False),
+    "to the CPU": ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, 3, True),
+    "left to accelerate": ({"stage": "auto", "offload_optimizer": {"device": "auto"}}, 2, False),
+    "no ZeRO": (None, 0, False),
+}
+
+
+@pytest.mark.parametrize("case", OFFLOADS)
+def test_what_deepspeed_takes_is_planned(tmp_path, base, monkeypatch, case):
+    """From a file in the home folder: training opens the path as the settings hold it."""
+    zero, stage, offloaded = OFFLOADS[case]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    model = f"model_name_or_path={write_config(tmp_path / 'model')}"
+    settings = parse_command("train", [model, *base, "do_train=true", "deepspeed=~/ds.json"])
+    assert settings.value("deepspeed") == str(tmp_path / "ds.json")
+    held = Run.of(settings, 1).held
+    assert (held.stage, held.offloaded) == (stage, offloaded)
+
+
+@pytest.mark.parametrize(
+    ("zero", "told"),
+    [
+        ('{"zero_optimization": true}', 'has zero_optimization true in it, which is none; write "zero_optimization": '),
+        ('{"zero_optimization": false}', "has zero_optimization false in it"),
+        ("{}", "has no zero_optimization in it; write"),
+        ('{"zero_optimization": {"stage": 5}}', "has stage 5 in it, which is none; write 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": null}}', "has stage null in it"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', 'has offload_optimizer "cpu" in it'),
+        ('{"zero_optimization": {"offload_param": {"device": "gpu"}}}', 'has offload_param {"device": "gpu"} in it'),
+    ],
+)
+def test_what_deepspeed_does_not_take_is_one_line(tmp_path, base, capsys, zero, told):
+    (tmp_path / "ds.json").write_text(zero)
+    words = [f"model_name_or_path={write_config(tmp_path / 'model')}", *base, f"deepspeed={tmp_path / 'ds.json'}"]
+    assert cli.main(["plan", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"command line: deepspeed '{tmp_path / 'ds.json'}' {told}")
 
 
 @pytest.mark.parametrize(

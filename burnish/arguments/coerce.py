@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import types
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin
@@ -129,7 +130,7 @@ def _path_or_dict(value: Any) -> str | dict[str, Any] | None:
     if isinstance(value, dict) or (isinstance(value, str) and value.lstrip().startswith("{")):
         return _dict(value)
     off = value is False or (isinstance(value, str) and value.strip().lower() in ("", "none", "null", "false", "no"))
-    return None if off else _str(value)
+    return None if off else os.path.expanduser(_str(value))
 
 
 def _flow(text: str) -> Any:

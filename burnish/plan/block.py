@@ -23,6 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from burnish.model.attention import GROUPED
 from burnish.model.head import decoder_of, unwrap
 from burnish.model.probe import packed_inputs
+from burnish.model.source import first_line
 from burnish.plan.graph import Graph
 from burnish.plan.kernels import Amount, Kernel, Work
 from burnish.tuning.blocks import find_blocks
@@ -41,6 +42,15 @@ class BlockCost:
     backward: Work
     fused: bool = True
     why_not: str = ""  # compiled, where that was wanted
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether it has a backward pass: frozen blocks below all that is trained have none."""
+        return bool(self.backward.kernels)
+
+    def keeps(self, *, recomputed: bool) -> Amount:
+        """Computed again in its backward pass it keeps its input alone; without one there is nothing to keep."""
+        return self.input if recomputed and self.goes_back else self.kept
 
     @property
     def extra_backward(self) -> Amount:
@@ -192,7 +202,7 @@ def _measure_block(block: nn.Module, call: Call, tokens: int, *, compiled: bool)
             warnings.simplefilter("ignore")  # of torch's compiler about itself
             kept = _run(block, hidden, call, tokens, graphs)
     except Exception as error:  # what training would tell too, and leave the block as it is
-        why, kept = (str(error).strip() or type(error).__name__).splitlines()[0], Amount()
+        why, kept = first_line(error), Amount()
     finally:
         block._compiled_call_impl = None
         torch._dynamo.reset()
@@ -265,4 +275,6 @@ def _by_weights(block: nn.Module, kept: Amount, passes_gradient: bool) -> tuple[
         forward.append(product)
         backward += [product] * (int(passes_gradient) + int(weight.requires_grad))
     half = Kernel("element-wise", 0.0, Amount(2 * kept.per_token))
+    if not backward:
+        return Work((*forward, half)), Work()
     return Work((*forward, half)), Work((*backward, half), Amount(2 * kept.per_token))

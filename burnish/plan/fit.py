@@ -33,7 +33,10 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a device. `recomputed` blocks keep their input alone; passes have at most `pass_tokens`."""
+    """A run on a device. Of the first `recomputed` blocks those with a backward pass keep their input alone.
+
+    Passes have at most `pass_tokens`.
+    """
 
     run: Run
     shape: Shape
@@ -49,12 +52,13 @@ class Plan:
     remedies: tuple[Remedy, ...] = ()
 
     @property
-    def tokens_per_second(self) -> float | None:
-        return None if self.time is None else self.step_tokens / self.time.seconds
+    def computed_again(self) -> int:
+        """Blocks."""
+        return max(self.recomputed - self.shape.below, 0)
 
     @property
-    def available_gib(self) -> float:
-        return self.device.memory_gib
+    def tokens_per_second(self) -> float | None:
+        return None if self.time is None else self.step_tokens / self.time.seconds
 
 
 def fit(run: Run, rows: Rows, device: Device) -> Plan:
@@ -88,6 +92,9 @@ def fit(run: Run, rows: Rows, device: Device) -> Plan:
 
 def _records(run: Run, shape: Shape, rows: Rows) -> bool:
     """As graphs.pays: where the CPU launches a block's kernels for longer than the GPU computes them."""
+    held = run.held
+    if held.pure_bf16 or held.stage or run.recompute or run.asked.model.quantization_bit:  # a remedy brings them too
+        return False
     if run.record is not None:
         return run.record
     batching = run.batching
@@ -103,7 +110,8 @@ def _need_less(run: Run, shape: Shape, each: Pass, recomputed: int, most: int | 
     smaller = max(each.real // 2, each.longest) if can_be_cut else None
     if smaller is None or smaller < EFFICIENT:
         if run.recompute is None and not run.held.stage and recomputed < shape.layers:
-            return most, min(shape.layers, recomputed - (-shape.layers // 4))
+            part = -((shape.below - shape.layers) // 4)  # recompute.py: of those that have a backward pass
+            return most, min(shape.layers, max(recomputed, shape.below) + part)
         if smaller is None:
             return None
     return smaller, recomputed

@@ -109,8 +109,7 @@ class _Moments:
         self.matrix = shape.vocabulary * shape.width  # of the head, and of the embedding
         self.gathered = max((block.held for block in shape.blocks), default=0.0) if held.stage == 3 else 0.0
         self.keeps = [
-            (cost.input if number < recomputed else cost.kept).at(each.tokens)
-            for number, cost in enumerate(self.blocks)
+            cost.keeps(recomputed=number < recomputed).at(each.tokens) for number, cost in enumerate(self.blocks)
         ]
         self.outside = shape.measured.outside.at(each.tokens)
         self.hidden = shape.measured.hidden.at(each.tokens)

@@ -61,6 +61,11 @@ class Shape:
         return self.outside.held + sum(block.held for block in self.blocks)
 
     @property
+    def below(self) -> int:
+        """Frozen blocks below all that is trained: the backward pass does not come there."""
+        return sum(not block.goes_back for block in self.measured.blocks)
+
+    @property
     def trained(self) -> int:
         return self.outside.trained + sum(block.trained for block in self.blocks)
 

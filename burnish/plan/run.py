@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +12,13 @@ from burnish.plan.memory import Held
 from burnish.plan.model import Asked
 from burnish.plan.steps import Batching
 from burnish.prepare import why_padded
-from burnish.train.checks import AGAINST_GRAPHS
+from burnish.train.checks import AGAINST_GRAPHS, read_deepspeed
 from burnish.train.passes import AUTO
 
 if TYPE_CHECKING:
     from burnish.arguments.settings import Settings
+
+AUTO_STAGE = 2  # what accelerate makes of "auto"
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,6 @@ def _may_record(settings: Settings, dtype: torch.dtype, stage: int, padded: bool
 
 def _zero(deepspeed: Any) -> tuple[int, bool]:
     """(stage, whether the optimizer is on the CPU) of DeepSpeed's settings: a mapping, or the path of one."""
-    if not deepspeed:
-        return 0, False
-    content = deepspeed
-    if isinstance(deepspeed, str):
-        text = deepspeed if deepspeed.lstrip().startswith("{") else Path(deepspeed).read_text(encoding="utf-8-sig")
-        content = json.loads(text)
-    zero = content.get("zero_optimization", {})
-    return int(zero.get("stage", 0)), zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    zero = read_deepspeed(deepspeed)["zero_optimization"] or {} if deepspeed else {}
+    stage, offload = zero.get("stage", 0), zero.get("offload_optimizer") or {}
+    return AUTO_STAGE if stage == "auto" else int(stage), offload.get("device", "none") in ("cpu", "nvme")

@@ -22,25 +22,38 @@ from burnish.plan.memory import FLOAT32, Held, gradient_bytes
 from burnish.plan.model import Shape
 from burnish.plan.steps import Pass
 
-# What is reached on an H100 (benchmarks/gpu/results, torch 2.11): shares of the data sheet's figures.
-PRODUCTS = 0.74  # ledger-*: 7B LoRA 232 TFLOP of frozen matrices in 317 ms, 1.5B full 151 in 209
-FP8 = 1.475  # of bf16's figure: 8,190 × 3,584 × 18,944 at 1,459 TFLOP/s, alone (bf16: 742). Not fitted to a run
-ATTENTION = 0.31  # FlashAttention-2: 3.9 TFLOP in 13 of 21 ms, the rest is bytes (ledger-lora-7b-packed)
-STREAMING = 0.78  # of the bandwidth: AdamW's 46 bytes a weight in 27 ms (ledger-full-1.5b-packed)
-SWIGLU = (
-    0.59  # of the bandwidth, with adapters inside: 8 × 18,944 × 28 numbers a token in 35 ms (ledger-lora-7b-packed)
-)
-BETWEEN_KERNELS = 0.045  # of a step: its time over the sum of its kernels, in both ledgers
-KERNEL = 2e-6  # seconds that the shortest kernel takes
-LAUNCH = 53e-6  # seconds of the CPU for each kernel, Python included (sft.json, lora-0.5b-packed)
+# What is reached on an H100 (torch 2.11), as shares of the data sheet's figures. Where a ledger is named it is
+# benchmarks/gpu/results/ledger-RUN.json: its milliseconds are divided by what this plan counts of its three steps.
+# Of frozen matrices in lora-7b-packed, the first four kernels: 200 TFLOP in 277.7 ms, 0.729. All products of
+# full-1.5b-packed: 151 TFLOP in 211.3 ms, 0.724.
+PRODUCTS = 0.73
+# Of bf16's figure: 8,190 × 3,584 × 18,944 at 1,459 TFLOP/s, alone. No run was looked at for it; the ledger of
+# lora-7b-fp8 has the same (389 kernels nvjet…qqtst: 213.5 TFLOP in 146.0 ms).
+FP8 = 1.475
+# FlashAttention-2, of the FLOPs and of the bandwidth, one after the other: 2.28 TFLOP and 21.2 GB in 21.4 ms
+# (lora-7b-packed), 1.51 TFLOP and 18.4 GB in 17.4 ms (full-1.5b-packed); two ledgers, two figures.
+ATTENTION, ATTENTION_BYTES = 0.41, 0.40
+# Of the bandwidth. Compiled element-wise work: 101 GB in 37.9 ms (full-1.5b-packed, 0.79), 47 GB in 18.3 ms
+# (lora-7b-packed, 0.77). AdamW alone is better: 28 bytes of 1.54 billion weights in 15.2 ms, 0.85.
+STREAMING = 0.78
+SWIGLU = 0.58  # of the bandwidth, with adapters inside: 8 × 18,944 × 28 numbers a token in 35.7 ms (lora-7b-packed)
+# Of a step, its time over the sum of its kernels: 442.8 over 433.8 ms (lora-7b-packed), 301.3 over 295.8
+# (full-1.5b-packed), under the profiler.
+BETWEEN_KERNELS = 0.02
+KERNEL = 2e-6  # seconds that the shortest kernel takes. Not measured
+# Seconds of the CPU for each kernel, Python included: 129 ms a step of lora-0.5b-packed before passes were recorded
+# (docs/performance.md, "What was tried") over the 2,463 launches that are counted here.
+LAUNCH = 52e-6
 OF_A_GRADIENT = 3  # launches more for each trained tensor and pass: cast, added, noted
-# Seconds between steps for each batch of one, in which the GPU waits (*-default and *-packed, before passes were
-# recorded). Recorded steps have none: their batches go through pinned memory, and the CPU is ahead of the GPU.
-BATCH = 12e-3
+# Seconds for each batch of a step, in which the GPU waits. In sft.json a step of lora-7b-packed takes 443.9 ms (8,191
+# tokens, 1 batch), one of lora-7b-default 258.8 (4,523 tokens, 4 batches): as much for a token in both, and this.
+# Recorded steps have none: their batches go through pinned memory, and the CPU is ahead of the GPU.
+BATCH = 4e-3
 REPLAY = 30  # launches of a recorded pass: its inputs copied, the two lists started. Not measured
 # Seconds more for each launch of a replayed pass: kernels begin and end, and some are launched that are not counted
-# (ledger-lora-7b-packed: 4,262, here 2,969). Read off lora-0.5b-packed alone; no ledger of a replay tells them apart.
-IN_A_GRAPH = 6.3e-6
+# (ledger-lora-7b-packed: 3,491, here 2,859). What is left of the 63.1 ms of lora-0.5b-packed (sft.json) over its 2,371
+# launches when all else is taken off; no ledger of a replay tells them apart.
+IN_A_GRAPH = 6.1e-6
 NOT_FUSED = 4  # kernels that a block as it is written takes for one of the compiler's. Not measured
 LINK = 0.7  # of a link between devices. Not measured
 AROUND = 60  # launches of an optimizer step, its norm and its log
@@ -49,6 +62,9 @@ TILE = 128  # tokens: attention computes whole tiles
 # Bytes that move for a trained weight in a step, its gradient apart, which is read twice: for the norm and to move it.
 ONE_PASS = 3 * 8 + 2  # kernels/adamw.py: master and two moments read and written, the model's weight written
 ONE_BY_ONE = ONE_PASS + 8 + 4  # other optimizers: gradients are clipped first, weights rounded last
+# pure_bf16 (train/rounding.py), operation by operation in plain torch: 272 are counted of a step (tests/test_plan.py),
+# the gradient's 2 among them; gradients are clipped first.
+ROUNDED = 272 - 2 + 4
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,7 @@ def time_of_step(
     for each in passes:
         before = time.cpu
         for number, block in enumerate(shape.measured.blocks):
-            for kernel in block.forward.kernels * (2 if number < recomputed else 1):
+            for kernel in block.forward.kernels * (2 if number < recomputed and block.goes_back else 1):
                 _add_kernel(time, kernel, each, rates, backward=False, fused=block.fused)
             for kernel in block.backward.kernels:
                 _add_kernel(time, kernel, each, rates, backward=True, fused=block.fused)
@@ -118,14 +134,20 @@ def time_of_step(
             launches, time.cpu = (time.cpu - before) / LAUNCH, before + REPLAY * LAUNCH
             time.add("between recorded kernels", launches * IN_A_GRAPH, kernels=0)
         _add_head(time, shape, each, rates, trained_share)
-        again = 1 + recomputed / max(shape.layers, 1)
-        time.add("dequantizing", rates.moving((1 + again) * shape.dequantized), kernels=0)
+        back = sum(b.goes_back for b in shape.measured.blocks)
+        again = sum(b.goes_back for b in shape.measured.blocks[:recomputed])
+        time.add("dequantizing", rates.moving((1 + (back + again) / shape.layers) * shape.dequantized), kernels=0)
     gradient = gradient_bytes(shape, held, passes=len(passes))
-    one_pass = held.optim in ("adamw_torch", "adamw_torch_fused") and not held.stage
-    moved = (ONE_PASS if one_pass else ONE_BY_ONE) + 2 * gradient
+    moved = _moved_by_optimizer(held) + 2 * gradient
     time.add("optimizer", rates.moving(moved * shape.trained * held.divided(1)), kernels=AROUND)
     _add_exchange(time, shape, held, rates, len(passes))
     return time
+
+
+def _moved_by_optimizer(held: Held) -> int:
+    if held.pure_bf16:
+        return ROUNDED
+    return ONE_PASS if held.optim in ("adamw_torch", "adamw_torch_fused") and not held.stage else ONE_BY_ONE
 
 
 def _add_kernel(time: Time, kernel: Kernel, each: Pass, rates: Rates, *, backward: bool, fused: bool) -> None:
@@ -138,7 +160,8 @@ def _add_kernel(time: Time, kernel: Kernel, each: Pass, rates: Rates, *, backwar
         pairs = (each.squares + TILE * each.tokens) / 2
         flops = 4 * kernel.width * pairs * (2.5 if backward else 1.0)
         sums = 12.0 * kernel.width * each.tokens if backward else 0.0  # ∂q in float32: added to, and read once more
-        time.add("attention", flops / rates.attention + rates.moving(moved + sums), kernels=3 if backward else 1)
+        seconds = flops / rates.attention + rates.moving(moved + sums, ATTENTION_BYTES)
+        time.add("attention", seconds, kernels=3 if backward else 1)
     else:
         share, times = SWIGLU if kernel.kind == "swiglu" else STREAMING, 1 if fused else NOT_FUSED
         time.add("element-wise", times * max(rates.moving(moved, share), KERNEL), kernels=times)

@@ -64,14 +64,14 @@ def _speed(plan: Plan) -> Iterator[str]:
 
 
 def _pass(plan: Plan) -> str:
-    again = f", {plan.recomputed} of {plan.shape.layers} blocks computed again" if plan.recomputed else ""
+    again = f", {plan.computed_again} of {plan.shape.layers} blocks computed again" if plan.computed_again else ""
     return f"{plan.pass_tokens:,}{again}"
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
     if plan.fits:
         asked = plan.run.most_tokens
-        made_smaller = plan.recomputed and plan.run.recompute is None
+        made_smaller = plan.computed_again and plan.run.recompute is None
         yield "It fits." + (
             f" At first it does not: burnish then goes on in passes of {_pass(plan)}."
             if made_smaller or (asked is not None and plan.passes > 1 and plan.pass_tokens < asked // 2)
@@ -107,7 +107,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "pass_tokens": plan.pass_tokens,
         "passes_per_step": round(plan.passes, 2),
         "recorded_as_cuda_graphs": plan.run.held.recorded,
-        "recomputed_blocks": plan.recomputed,
+        "recomputed_blocks": plan.computed_again,
         "blocks": plan.shape.layers,
         "tokens_per_step": round(plan.step_tokens),
         "tokens_per_second": None if plan.tokens_per_second is None else round(plan.tokens_per_second),
