@@ -112,6 +112,11 @@ class ChatTemplate:
     def prompt_text(self, messages: list[Message], tools: Tools = None) -> str:
         return self._rendered_prompt(messages, tools).text
 
+    @property
+    def writes_calls(self) -> bool:
+        """Whether the tool calls of a message are in the text at all."""
+        return bool(self._renderer.call_shape.sample)
+
     def encode(
         self, messages: list[Message], tools: Tools = None, *, train_on_prompt: bool = False, mask_history: bool = False
     ) -> list[Encoded]:
@@ -170,6 +175,10 @@ class ChatTemplate:
         stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
         answer = list(ids[:stop])
         text: Any = self._tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.parse_text(text)
+
+    def parse_text(self, text: str) -> Message:
+        """`parse` for the text of an answer, special tokens included, up to its end token."""
         text = text.removesuffix(self._ending.before)
         if self._lead and self._lead.isspace():
             text = text.removeprefix(self._lead)

@@ -40,13 +40,13 @@ def make_config(asked: GeneratingArguments, own: Any, most_new: int, prompt_leng
 
 def draws(asked: GeneratingArguments, own: Any) -> bool:
     """Is the next token drawn, or the likeliest taken? A temperature of 0 is OpenAI's word for the latter."""
-    if asked.temperature == 0:
+    if (own.temperature if asked.temperature is None else asked.temperature) == 0:
         return False
     if asked.do_sample is not None:
         return asked.do_sample
     if any(value is not None for value in (asked.temperature, asked.top_p, asked.top_k)):
         return True  # who sets how to draw wants to draw
-    return bool(own.do_sample) and own.temperature != 0
+    return bool(own.do_sample)
 
 
 def new_tokens(asked: GeneratingArguments, own: Any, prompt_length: int, limit: int | None) -> int:
@@ -74,6 +74,14 @@ def as_list(ids: int | Sequence[int] | None) -> list[int]:
 
 
 def num_positions(config: Any) -> int | None:
-    """The longest text the model was made for; None where it has no such bound (recurrent models)."""
+    """The longest text the model was made for; None where it has no such bound (recurrent models).
+
+    `dynamic` scaling keeps the original length in the config, others write the stretched one there.
+    """
     text = config.get_text_config(decoder=True)
-    return text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None
+    if not hasattr(text, "max_position_embeddings"):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    sets = [each for each in (rope, *rope.values()) if isinstance(each, dict)]  # Gemma 3 has one per type of layer
+    factors = [each["factor"] for each in sets if each.get("rope_type") == "dynamic"]
+    return int(text.max_position_embeddings * max(factors, default=1))

@@ -170,6 +170,10 @@ class Engine:
             place = "prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
             if not prompt:
                 problems.append(Problem(place, "", None, "is empty", "give it at least one token"))
+            elif (highest := max(prompt)) >= self.vocabulary_size:  # a message may hold the text of such a token
+                token = self.tokenizer.convert_ids_to_tokens(highest)
+                message = f"holds the token {token!r} (id {highest}), for which the model has no row"
+                problems.append(Problem(place, "", None, message, "leave it out"))
             elif limit is not None and len(prompt) >= limit:
                 message = (
                     f"has {len(prompt):,} tokens; the model has {limit:,} positions for prompt and answer together"

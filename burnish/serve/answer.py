@@ -1,7 +1,7 @@
 """An answer as a client gets it: the engine's pieces, parted into thoughts, words and tool calls while they come.
 
 A whole answer is read as a stream is and its parts joined, so that the two cannot differ. What a chat template makes of
-the whole, `ChatTemplate.parse`, has the last word on calls and on white space at either end.
+the whole, `ChatTemplate.parse_text`, has the last word on calls and on white space at either end.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class ChatReader:
         self.index = index
         self._template, self._special, self._may_call = template, special, calls
         self._stage = "thoughts" if opened else "start"
-        self._ids: list[int] = []
+        self._text = ""  # all that the model wrote, up to a stop string: its last token may go beyond
         self._left = ""  # of what the model wrote, not yet given out
         self._thought, self._said = "", ""  # given out
         self._tokens: tuple[Token, ...] = ()
 
     def read(self, piece: Piece) -> Part:
-        self._ids += [token.id for token in piece.tokens]
+        self._text += piece.text
         self._left += piece.text
         last = bool(piece.finish_reason)
         reasoning = self._thoughts(last)
@@ -91,7 +91,8 @@ class ChatReader:
             self._stage, self._left = "thoughts", begin[len(_OPEN) :]
         elif last or not _OPEN.startswith(begin):
             self._stage = "words"
-            own = self._template.parse(self._ids)["content"] or ""  # as the template has it: Mistral's drop a space
+            # as the template has it: Mistral's drop a space
+            own = self._template.parse_text(self._text)["content"] or ""
             self._left = own[: len(own) - len(own.lstrip())] + begin
 
     def _think(self, last: bool) -> str:
@@ -122,7 +123,7 @@ class ChatReader:
         return self._shown(text)
 
     def _last_words(self, piece: Piece) -> tuple[str, tuple[dict[str, Any], ...]]:
-        parsed = self._template.parse(self._ids)
+        parsed = self._template.parse_text(self._text)
         content, calls = parsed["content"] or "", parsed.get("tool_calls")
         if calls and self._may_call:
             return content[len(self._said) :] if content.startswith(self._said) else "", tuple(calls)

@@ -178,13 +178,18 @@ class Api:
         return self._templates[enable_thinking]
 
     def _check_calls(self, template: ChatTemplate, asked: requests.Conversation) -> None:
-        """A template that knows nothing of tools or of calls may leave them out without a word."""
+        """A template that knows nothing of tools or of calls may leave them out without a word.
+
+        That a name is in the text is not enough: the conversation may hold it, and a call's is that of a tool.
+        """
         calls = [call for message in asked.messages for call in message.get("tool_calls", ())]
         if not (asked.tools or calls):
             return
         text = template.prompt_text(asked.messages, asked.tools or None)
-        for param, named in (("tools", asked.tools), ("messages", calls)):
-            if any(each["function"]["name"] not in text for each in named):
+        takes_tools = text != _text_without_tools(template, asked)
+        both = (("tools", asked.tools, takes_tools), ("messages", calls, template.writes_calls))
+        for param, named, has_place in both:
+            if named and not (has_place and all(each["function"]["name"] in text for each in named)):
                 message = f"'{param}' cannot be sent: the model's chat template has no place for tools and their calls."
                 raise Refused(message, param, "unsupported_parameter")
 
@@ -264,3 +269,11 @@ class Api:
 
     async def _off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._aside, function, *arguments)
+
+
+def _text_without_tools(template: ChatTemplate, asked: requests.Conversation) -> str | None:
+    """None where the template takes no conversation without tools."""
+    try:
+        return template.prompt_text(asked.messages)
+    except CannotRender:
+        return None

@@ -219,7 +219,7 @@ def _call(given: Any, place: str) -> dict[str, Any]:
     name, arguments = function.need("name", str), function.take("arguments", str) or "{}"
     try:
         parsed = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise function.refused("arguments", "is not the text of a JSON object")

@@ -187,8 +187,8 @@ class _Conversation:
         rows: list[dict[str, Any]] = [{"messages": self.messages}]
         try:
             Path(path).expanduser().write_text(json.dumps(rows, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            return self._tell(f"{path} is not written: {error.strerror}")
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~ and the name of nobody
+            return self._tell(f"{path} is not written: {getattr(error, 'strerror', None) or error}")
         return self._tell(f"{len(self.messages)} messages are in {path}")
 
     def _tell(self, text: str) -> None:

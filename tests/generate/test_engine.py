@@ -155,6 +155,15 @@ def test_who_sets_how_to_draw_draws_and_temperature_0_does_not(
     assert engine.generation_config(GeneratingArguments(**asked), 10).do_sample is samples
 
 
+@pytest.mark.parametrize("asked", [{"top_p": 0.9}, {"do_sample": True}, {"top_k": 5}, {}])
+def test_the_models_own_temperature_0_does_not_draw_either(engine: Engine, asked: dict[str, Any]):
+    own = engine.model.generation_config
+    own.do_sample, own.temperature = True, 0.0
+    assert engine.generation_config(GeneratingArguments(**asked), 10).do_sample is False
+    assert len(streamed(engine, **asked)) > 0
+    assert engine.generation_config(GeneratingArguments(temperature=0.5), 10).do_sample is True
+
+
 @pytest.mark.parametrize("own_length", [{}, {"max_length": 40}, {"max_new_tokens": 40}])
 def test_greedy_decoding_warns_of_nothing(engine: Engine, own_length: dict[str, int], monkeypatch: pytest.MonkeyPatch):
     """Neither of sampling settings that the model brings along nor of two words for the length."""
@@ -195,6 +204,31 @@ def test_prompts_that_do_not_fit_are_told_all_at_once(engine: Engine):
     ]
     with pytest.raises(UserError, match="max_length 8 leaves no room for an answer to a prompt of 9 tokens"):
         engine.generate([[5] * 9], max_new_tokens=None, max_length=8)
+
+
+def test_a_token_without_a_row_is_named(engine: Engine):
+    """A vocabulary may have tokens that the model was never given rows for."""
+    engine.model.resize_token_embeddings(len(engine.tokenizer) - 1)
+    last = len(engine.tokenizer) - 1
+    with pytest.raises(UserError) as error:
+        engine.generate([[5], [5, last] * 40])
+    token = engine.tokenizer.convert_ids_to_tokens(last)
+    message = f"prompt 2 of 2: holds the token {token!r} (id {last}), for which the model has no row; leave it out"
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_theta": 10000.0}, 64),
+        ({"rope_type": "dynamic", "factor": 3.0}, 192),
+        ({"rope_type": "linear", "factor": 3.0}, 64),
+        ({"full": {"rope_type": "dynamic", "factor": 3.0}, "sliding": {"rope_type": "default"}, "none": None}, 192),
+    ],
+)
+def test_dynamic_scaling_stretches_the_positions_of_the_config(engine: Engine, rope: dict[str, Any], positions: int):
+    engine.model.config.rope_parameters = rope
+    assert engine.max_positions == positions
 
 
 def test_a_conversation_that_does_not_fit_is_refused_before_the_first_piece(engine: Engine):

@@ -291,6 +291,14 @@ def test_thoughts_and_calls_of_qwen3_come_apart(qwen3: tuple[Server, Callable[[s
     assert indices == [0, 1]
 
 
+def test_a_stop_string_behind_a_call_is_left_out_to_its_first_letter(qwen3: tuple[Server, Callable[[str], None]]):
+    server, write = qwen3
+    write('Sure. <tool_call>\n{"name": "get_weather", "arguments": {"town": "Bonn"}}\n</tool_call> STOP more')
+    whole, _ = both_ways(server, tools=WEATHER, stop=["STOP"])
+    assert whole.message.content.rstrip() == "Sure."
+    assert len(whole.message.tool_calls) == 1
+
+
 def test_a_call_is_handed_back_with_its_result(qwen3: tuple[Server, Callable[[str], None]]):
     server, write = qwen3
     write('<tool_call>\n{"name": "get_weather", "arguments": {"town": "Bonn"}}\n</tool_call>')
@@ -384,6 +392,36 @@ def test_a_template_without_a_place_for_tools_refuses_them_by_name(small: Server
     ask(small.client(), tools=WEATHER, tool_choice="none", max_tokens=1)
 
 
+@pytest.mark.parametrize("param", ["tools", "messages"])
+def test_words_of_the_conversation_are_not_taken_for_tools_and_calls(small: Server, param: str):
+    words = [{"role": "user", "content": "Should I get_weather in Rome?"}]
+    call = {"type": "function", "id": "1", "function": {"name": "get_weather", "arguments": "{}"}}
+    called = [*words, {"role": "assistant", "tool_calls": [call]}, *words]
+    with pytest.raises(openai.BadRequestError, match="no place for tools") as caught:
+        ask(small.client(), **({"messages": words, "tools": WEATHER} if param == "tools" else {"messages": called}))
+    assert caught.value.param == param
+
+
+def test_a_template_that_shows_tools_and_leaves_out_their_calls_refuses_those(fixture_path: Callable[[str], Path]):
+    tokenizer = AutoTokenizer.from_pretrained(fixture_path("tokenizer-qwen3"))
+    call = {"type": "function", "id": "1", "function": {"name": "get_weather", "arguments": "{}"}}
+    called = [*FRANCE, {"role": "assistant", "tool_calls": [call]}, *FRANCE]
+    for server, write in scripted(tokenizer, str(fixture_path("templates-llamacpp") / "LFM2-8B-A1B.jinja")):
+        write("Yes.")
+        assert ask(server.client(), tools=WEATHER).choices[0].message.content == "Yes."
+        with pytest.raises(openai.BadRequestError, match="no place for tools") as caught:
+            ask(server.client(), messages=called, tools=WEATHER)
+        assert caught.value.param == "messages"
+
+
+def test_a_template_that_takes_nothing_without_tools_takes_them(fixture_path: Callable[[str], Path]):
+    tokenizer = AutoTokenizer.from_pretrained(fixture_path("tokenizer-qwen3"))
+    file = "NousResearch-Hermes-3-Llama-3.1-8B-tool_use.jinja"
+    for server, write in scripted(tokenizer, str(fixture_path("templates-llamacpp") / file)):
+        write("Yes.")
+        assert ask(server.client(), tools=WEATHER).choices[0].message.content == "Yes."
+
+
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +453,9 @@ CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
          "messages[0].content[0].type", "this model reads text"),
         ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "{"}}]}]},
+         "messages[0].tool_calls[0].function.arguments", "JSON object"),
+        ({"messages": [{"role": "assistant",
+                        "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[" * 100_000}}]}]},
          "messages[0].tool_calls[0].function.arguments", "JSON object"),
         ({"temperature": 2.1}, "temperature", "from 0 to 2"),
         ({"temperature": "hot"}, "temperature", "must be a number"),
@@ -489,6 +530,21 @@ def test_a_body_that_is_no_json_object_is_refused(small: Server, content: bytes)
     reply = small.send("POST", "/v1/chat/completions", content)
     assert reply.status == 400
     assert "JSON" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_token_without_a_row_is_refused(tokenizer: Any, stream: bool):
+    engine = small_engine(tokenizer)
+    engine.model.resize_token_embeddings(len(tokenizer) - 1)
+    token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    text = tokenizer.convert_tokens_to_string([token])
+    assert tokenizer(text).input_ids == [len(tokenizer) - 1]
+    with serving(engine) as server:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, "stream": stream}
+        reply = server.send("POST", "/v1/chat/completions", body)
+        assert reply.status == 400
+        assert f"the token {token!r} (id {len(tokenizer) - 1})" in reply.json()["error"]["message"]
+        assert ask(server.client(), max_tokens=1).choices
 
 
 def test_other_faults_have_the_same_shape(small: Server, monkeypatch: pytest.MonkeyPatch):

@@ -205,6 +205,8 @@ def test_a_conversation_is_saved_as_a_data_set_of_one_row(terminal: Terminal, tm
     }
     terminal.type("/save nowhere/chat.json\r")
     terminal.expect("nowhere/chat.json is not written: No such file or directory\r\n> ")
+    terminal.type("/save ~nobody_here/chat.json\r")
+    terminal.expect("~nobody_here/chat.json is not written: .*home directory.*\r\n> ")
 
 
 def test_a_question_that_does_not_fit_is_told_and_forgotten(terminal: Terminal):
