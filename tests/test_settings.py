@@ -209,6 +209,23 @@ def test_the_runs_own_file_repeats_it(base: dict[str, Any], tmp_path: Path, monk
     assert again.as_yaml() == text.replace(str(tmp_path / "out"), "/elsewhere")
 
 
+def test_the_runs_own_file_holds_the_paths_of_folders_and_the_names_of_data_sets(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pairs", "known"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"known": {"file_name": "../rows.jsonl"}}')
+    settings = train("tokenized_path=tokens", **{**base, "dataset": "pairs,known,rows.jsonl"})
+    text = settings.as_yaml()
+    assert f"dataset:\n- {tmp_path}/pairs\n- known\n- {tmp_path}/rows.jsonl\n" in text
+    assert f"tokenized_path: {tmp_path}/tokens\n" in text
+    online = train("dataset_dir=ONLINE", **{**base, "dataset": "pairs"}).as_yaml()
+    assert "dataset:\n- pairs\ndataset_dir: ONLINE\n" in online
+
+
 def test_what_is_said_of_conversations_is_idle_where_texts_are_read(base: dict[str, Any]) -> None:
     words = ("mask_history=true", "overlong=drop", "default_system=hello")
     assert train(*words, "stage=sft", **base).translated == []
@@ -321,3 +338,69 @@ def test_chat_on_a_full_file_asks_the_runs_model(base: dict[str, Any], tmp_path:
 def test_chat_without_a_run_asks_the_model_itself(base: dict[str, Any]) -> None:
     settings = parse_command("chat", ["--model_name_or_path", base["model_name_or_path"]])
     assert for_inference(settings) == (settings.model, [])
+
+
+# ---- mistakes that no parser expects ---------------------------------------------------------------------------------
+
+DEEP = "[" * 50_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        (
+            "run.yaml",
+            "seed: 1\nstage: \x07\n",
+            " line 2: is not YAML: a control character (U+0007) stands in it; take it",
+        ),
+        (
+            "run.yaml",
+            "seed: 1\nlr_scheduler_kwargs: {a: 2024-13-45}\n",
+            " line 2: lr_scheduler_kwargs holds what YAML cannot read: month must be in 1..12; put it in quotes",
+        ),
+        (
+            "run.yaml",
+            "lr_scheduler_kwargs: {a: !!bool x}\n",
+            " line 1: lr_scheduler_kwargs holds what YAML cannot read",
+        ),
+        ("run.yaml", f"lr_scheduler_kwargs: {DEEP}\n", ": cannot be read: it is nested too deeply; write it flatter"),
+        ("run.json", f'{{"seed": {DEEP}', ": cannot be read: it is nested too deeply; write it flatter"),
+        ("run.json", f'{{"seed": {"9" * 5000}}}', ": cannot be read: Exceeds the limit (4300 digits)"),
+    ],
+    ids=["control character", "month 13", "tag", "deep YAML", "deep JSON", "5000 digits"],
+)
+def test_what_a_parser_of_files_stumbles_over_is_one_problem(
+    base: dict[str, Any], tmp_path: Path, name: str, text: str, told: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    (line,) = mistakes(str(tmp_path / name), **base)
+    assert line.startswith(f"{tmp_path / name}{told}"), line
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (f"seed={'9' * 400}", "is too large a number; write a number such as 8"),
+        (f"learning_rate={'9' * 400}", "is too large a number; write a number such as 0.1 or 1e-5"),
+        ("lr_scheduler_kwargs={a: 2024-13-45}", "is not JSON (month must be in 1..12); check its brackets and quotes"),
+        (f'lr_scheduler_kwargs={{"a": {DEEP}', "is not JSON (it is nested too deeply); check its brackets and quotes"),
+        ("val_size=-1", "is neither a share below 1 nor a number of rows; 0.1"),
+        ("dataset=~nobody_here/x", "is not there; data/dataset_info.json has other names"),
+    ],
+    ids=["seed", "learning_rate", "month 13", "deep", "val_size", "dataset"],
+)
+def test_a_value_that_nothing_can_hold_is_one_problem(base: dict[str, Any], word: str, told: str) -> None:
+    base.pop(word.partition("=")[0], None)
+    (line,) = mistakes(word, **base)
+    assert line.endswith(told), line[-200:]
+
+
+@pytest.mark.parametrize("words", [["~nobody_here/run.yaml"], ["--args_file", "~nobody_here/x.args"]])
+def test_the_home_of_a_user_that_is_not_there_is_no_file(base: dict[str, Any], words: list[str]) -> None:
+    (line,) = mistakes(*words, **base)
+    assert line.startswith(f"{words[-1]}: is not there; ")
+
+
+def test_the_home_of_a_user_that_is_not_there_is_no_model(base: dict[str, Any]) -> None:
+    (line,) = mistakes("--model_name_or_path", "~nobody_here/x", dataset=base["dataset"], output_dir=base["output_dir"])
+    assert line.startswith("--model_name_or_path: '~nobody_here/x' is not there; looked for the folder ")

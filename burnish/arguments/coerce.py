@@ -84,8 +84,11 @@ def _number(value: Any, message: str, remedy: str) -> int | float:
                 break
             except ValueError:
                 continue
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Unfit(message, remedy)
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise Unfit(message, remedy)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise Unfit("is too large a number", remedy) from None
     return value
 
 
@@ -136,7 +139,7 @@ def _path_or_dict(value: Any) -> str | dict[str, Any] | None:
 def _flow(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return yaml_value(text)

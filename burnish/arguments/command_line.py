@@ -5,6 +5,7 @@ CONFIG.yaml   name=value   --name value   --name=value   --na-me value   --flag 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ def gather(
         if not path:
             problem = Problem(str(args_file_flag), "", None, "has no value", f"write {args_file_flag} FILE")
             parts.append(Sources(problems=[problem], unread=True))
-        elif Path(path).expanduser().is_file():
+        elif os.path.isfile(os.path.expanduser(path)):
             parts.append(read_args_file(path, takes))
         elif missing_is_wrong:
             missing = Problem(path, "", None, "is not there", "check the name of the args file")
@@ -93,7 +94,7 @@ def args_file_of_script() -> str | None:
 def read_args_file(path: str, takes: Takes) -> Sources:
     """Words as on the command line, separated by white space; there is no quoting (HfArgumentParser's rule)."""
     try:
-        words = Path(path).expanduser().read_text(encoding="utf-8-sig").split()
+        words = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         return Sources(problems=[cannot_be_read(path, error)], unread=True)
     sources = read_command_line(words, takes)

@@ -7,6 +7,7 @@ typed, not what YAML 1.1 makes of them), whatever JSON says from JSON. coerce.py
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def read_config(path: str) -> Sources:
     """A YAML or JSON file of settings. A mistake of its grammar is one problem, with its line."""
     sources = Sources(config=path)
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         sources.problems.append(Problem(path, "", None, "is not there", _similar_file(path)))
     except (OSError, UnicodeDecodeError) as error:
@@ -84,15 +85,16 @@ def _similar_file(path: str) -> str:
 
 def files_called_like(path: str) -> list[str]:
     """What stands in the folder of a path that is not there, and is called nearly so; the nearest first."""
-    folder = Path(path).expanduser().parent
+    folder = Path(os.path.expanduser(path)).parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     near = get_close_matches(Path(path).name, names, n=3)
     return [str(Path(path).with_name(name)) for name in near]
 
 
 def _read_yaml(path: str, text: str, sources: Sources) -> None:
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             return
@@ -102,14 +104,36 @@ def _read_yaml(path: str, text: str, sources: Sources) -> None:
         loader.flatten_mapping(root)  # `<<: *anchor`
         for key, value in root.value:
             place = f"{path} line {key.start_mark.line + 1}"
-            sources.given.append(Given(str(key.value), loader.as_written(value), place))
+            try:
+                sources.given.append(Given(str(key.value), loader.as_written(value), place))
+            except _NO_VALUE as error:
+                remedy = "put it in quotes if it is a text"
+                message = f"holds what YAML cannot read: {_reason(error)}"
+                sources.problems.append(Problem(place, str(key.value), None, message, remedy))
+    except yaml.reader.ReaderError as error:
+        place = f"{path} line {text.count(chr(10), 0, error.position) + 1}"
+        message = f"is not YAML: a control character (U+{error.character:04X}) stands in it"
+        sources.problems.append(Problem(place, "", None, message, "take it out"))
+    except RecursionError as error:
+        sources.problems.append(Problem(path, "", None, f"cannot be read: {_reason(error)}", "write it flatter"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         place = f"{path} line {mark.line + 1}" if mark else path
         what = getattr(error, "problem", None) or str(error)
         sources.problems.append(Problem(place, "", None, f"is not YAML: {what}", "write one `name: value` a line"))
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
+
+
+# What PyYAML raises, besides its own errors, at a value that its tag does not fit: 2024-13-45, `!!bool maybe`.
+_NO_VALUE = (ValueError, KeyError, AttributeError, RecursionError)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error).partition(";")[0] if isinstance(error, ValueError) else "it does not fit its tag"
 
 
 class _Loader(yaml.SafeLoader):
@@ -130,7 +154,10 @@ _Loader.add_implicit_resolver(
 
 def yaml_value(text: str) -> Any:
     """A list or mapping written in one line. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except _NO_VALUE as error:
+        raise yaml.MarkedYAMLError(problem=_reason(error)) from None
 
 
 def _read_json(path: str, text: str, sources: Sources) -> None:
@@ -145,6 +172,10 @@ def _read_json(path: str, text: str, sources: Sources) -> None:
     except json.JSONDecodeError as error:
         place = f"{path} line {error.lineno}"
         sources.problems.append(Problem(place, "", None, f"is not JSON: {error.msg}", "correct this line"))
+        return
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+        remedy = "write it flatter" if isinstance(error, RecursionError) else "write that number shorter"
+        sources.problems.append(Problem(path, "", None, f"cannot be read: {_reason(error)}", remedy))
         return
     if not isinstance(root, dict):
         sources.problems.append(Problem(path, "", None, "is not an object of settings", 'write {"name": value, …}'))

@@ -34,7 +34,7 @@ ESSENTIAL = (  # written even at their defaults, which another version may chang
     *("stage", "finetuning_type", "dataset_dir", "cutoff_len", "learning_rate", "num_train_epochs", "optim"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "seed"),
 )
-FOLDERS = {"output_dir", "dataset_dir", "cache_dir", "logging_dir"}
+FOLDERS = {"output_dir", "dataset_dir", "cache_dir", "logging_dir", "tokenized_path"}
 PERHAPS_PATHS = {  # a name or a path: made absolute where something is there
     *("model_name_or_path", "adapter_name_or_path", "dataset", "eval_dataset", "template", "resume_from_checkpoint"),
     "deepspeed",
@@ -171,6 +171,8 @@ class Settings:
         value = self.value(name)
         if value is None or isinstance(value, dict) or name not in FOLDERS | PERHAPS_PATHS:
             return value
+        if (name, value) == ("dataset_dir", "ONLINE"):  # a word, not a folder
+            return value
         if isinstance(value, list):
             return [self._path(item) if self._is_place(name, item) else item for item in value]
         return self._path(value) if name in FOLDERS or self._is_place(name, value) else value
@@ -178,8 +180,10 @@ class Settings:
     def _is_place(self, name: str, item: str) -> bool:
         """A folder that happens to be called like a data set or a template does not make a path of that name."""
         path = self._path(item)
-        if name == "template" or (name in ("dataset", "eval_dataset") and os.sep not in item):
+        if name == "template":
             return os.path.isfile(path)
+        if name in ("dataset", "eval_dataset") and data_room.is_in_catalog(self, item):
+            return False
         return os.path.exists(path)
 
     def _path(self, item: str) -> str:
@@ -209,4 +213,4 @@ class Settings:
 
     def _names_files_only(self) -> bool:
         """Whether no data set is looked up in dataset_dir."""
-        return all(Path(name).expanduser().exists() for name in self.value("dataset") or ())
+        return all(os.path.exists(os.path.expanduser(name)) for name in self.value("dataset") or ())

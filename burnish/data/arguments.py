@@ -97,7 +97,11 @@ OF_CONVERSATIONS = ("overlong", "train_on_prompt", "mask_history", "default_syst
 def problems(settings: Settings) -> list[Problem]:
     found = settings.out_of_range(
         cutoff_len=(lambda v: v >= 2, "is not at least 2", "2048 is usual"),
-        val_size=(lambda v: 0 <= v < 1 or v == int(v), "is neither a share below 1 nor a number of rows", "0.1"),
+        val_size=(
+            lambda v: v >= 0 and (v < 1 or v == int(v)),
+            "is neither a share below 1 nor a number of rows",
+            "0.1",
+        ),
         max_samples=(lambda v: v >= 1, "is not at least 1", "give a number of rows"),
         max_bad_rows=(lambda v: v >= 0, "is below 0", "0.01 is one row in a hundred"),
         buffer_size=(lambda v: v >= 1, "is not at least 1", "give a number of rows"),
@@ -242,7 +246,7 @@ def unknown_names(settings: Settings, name: str) -> list[str]:
     missing = [
         item
         for item in wanted
-        if not any(os.path.lexists(path) for path in (Path(item).expanduser(), catalog.parent / item))
+        if not any(os.path.lexists(path) for path in (os.path.expanduser(item), catalog.parent / item))
     ]
     try:
         return [item for item in missing if item not in _entries(catalog)]
@@ -250,8 +254,18 @@ def unknown_names(settings: Settings, name: str) -> list[str]:
         return missing
 
 
+def is_in_catalog(settings: Settings, item: str) -> bool:
+    """Whether `item` is looked up by its name, whatever file or folder is called so."""
+    if settings.value("dataset_dir") == "ONLINE":
+        return True
+    try:
+        return item in _entries(_catalog(settings))
+    except ValueError:
+        return False
+
+
 def _catalog(settings: Settings) -> Path:
-    return Path(settings.value("dataset_dir")).expanduser() / CATALOG
+    return Path(os.path.expanduser(settings.value("dataset_dir"))) / CATALOG
 
 
 def _entries(catalog: Path) -> dict[str, Any]:

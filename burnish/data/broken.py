@@ -65,6 +65,7 @@ _REMEDIES = {  # what stands in a reason → what to do
     "a tool without a name": 'write it as {"name": "f", "parameters": {}}',
     "no function name": 'write it as {"name": "f", "arguments": {}}',
     "half a surrogate": "write the character whole",
+    "nested too deeply": "write it flatter",
     "is empty": "give it a text, or drop the row",
     "has more fields": "put fields that hold a comma in double quotes",
     "has fewer fields": "give every row all columns",

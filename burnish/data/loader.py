@@ -279,6 +279,8 @@ def collate_padded(
     batch = collator(features)
     labels = batch.pop("labels")  # [B, S]
     labels[:, 0] = IGNORE_INDEX
+    if not real:  # where padding is trained, that of an empty share is not
+        labels[:] = IGNORE_INDEX
     if takes_token_type_ids:
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     trained_at, targets = _trained(labels)

@@ -65,6 +65,8 @@ def _turns(num_sources: int, probabilities: Sequence[float] | None, seed: int) -
 
 def sample(rows: Sequence[T], number: int, seed: int) -> list[T]:
     """`number` rows drawn without putting back; where there are fewer, all of them and then some again."""
+    if not rows:  # that is told where they are read
+        return []
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(rows))[:number]
     again = rng.choice(len(rows), max(number - len(rows), 0))

@@ -201,15 +201,18 @@ def load_single_dataset(
             return _file_rows(attr.path, report)
         return hub_rows(attr, hub.load(attr, streaming=args.streaming))
 
-    drawn = attr.num_samples and not args.streaming
-    most = [number for number in (attr.num_samples, args.max_samples) if number]
-    return itertools.islice(_drawn(rows, attr.num_samples, seed) if drawn else rows(), min(most, default=None))
+    most = min((number for number in (attr.num_samples, args.max_samples) if number), default=None)
+    if not most or not attr.num_samples or args.streaming:
+        return itertools.islice(rows(), most)
+    chosen = sample(range(sum(1 for _ in rows())), attr.num_samples, seed)[:most]
+    if args.val_size and len(set(chosen)) < len(chosen):
+        twice = f"a row of {attr.name} that num_samples takes twice"
+        report.note(f"val_size: {twice} may be both trained and evaluated on")
+    return _drawn(rows, chosen)
 
 
-def _drawn(rows: Callable[[], Iterator[Row]], number: int | None, seed: int) -> Iterator[Row]:
-    """`number` of the rows, in an order of their own. These are held in memory, the others only counted."""
-    assert number
-    chosen = sample(range(sum(1 for _ in rows())), number, seed)
+def _drawn(rows: Callable[[], Iterator[Row]], chosen: Sequence[int]) -> Iterator[Row]:
+    """The chosen rows, in their order. These are held in memory, the others only passed over."""
     wanted = set(chosen)
     kept = {index: row for index, row in enumerate(rows()) if index in wanted}
     return (kept[index] for index in chosen)

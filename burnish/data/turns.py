@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from burnish.data.entry import DatasetAttr
-from burnish.data.values import BadRow, filled, it_has, json_list, kind_of, parsed, text_of
+from burnish.data.values import BadRow, encodable, filled, it_has, json_list, kind_of, parsed, text_of
 from burnish.types import Message
 
 FUNCTION_CALL = "function_call"  # a role of its own in sharegpt's files
@@ -69,7 +69,7 @@ def tools_of(row: Mapping[str, Any], column: str | None) -> list[dict[str, Any]]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(f"{column} holds a tool without a name")
         schemas.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return schemas
+    return encodable(schemas, column)
 
 
 def _role(turn: dict[str, Any], attr: DatasetAttr) -> str:
@@ -119,7 +119,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise BadRow("the arguments of a tool call are not an object")
     made: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
+    return encodable({"id": call["id"], **made} if isinstance(call.get("id"), str) else made, "a tool call")
 
 
 def _content(content: Any) -> tuple[str | None, dict[str, Any]]:

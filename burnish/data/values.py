@@ -77,6 +77,17 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
+def encodable(value: Any, what: str) -> Any:
+    """A value of JSON, as it is: its texts, names of keys among them, come to a tokenizer through a template."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{what} holds half a surrogate pair") from None
+    except RecursionError:
+        raise BadRow(f"{what} is nested too deeply") from None
+    return value
+
+
 def filled(text: str | None, what: str) -> str:
     """The text, unless nothing of it can be seen."""
     if not text or not text.strip() or not text.strip(_INVISIBLE).strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -169,7 +170,7 @@ def _asks_a_whole_model(settings: Settings) -> bool:
 
 def _folder_problems(settings: Settings, name: str, value: str, must_hold: str) -> list[Problem]:
     """A path that is not there, or a folder without the file that makes it a model. Names on a hub pass."""
-    folder = Path(value).expanduser()
+    folder = Path(os.path.expanduser(value))  # Path's own raises where there is no such user
     if folder.is_dir():
         if (folder / must_hold).is_file():
             return []

@@ -164,6 +164,9 @@ def test_a_text_is_one_message_that_is_all_response():
     assert align_dataset({"text": "a"}, ALPACA, stage="pt").response == [assistant("a")]
 
 
+DEEP: dict[str, dict] = {}
+for _ in range(2000):
+    DEEP = {"x": DEEP}
 CALL = ("function_call", '{"name": "add", "arguments": {}}')
 
 
@@ -213,6 +216,32 @@ CALL = ("function_call", '{"name": "add", "arguments": {}}')
         (SHAREGPT, turns(("human", 3), ("gpt", "b")), "a turn's value is a number, not text"),
         (SHAREGPT, turns(("human", "a"), ("function_call", "add(1)")), "a function call is not JSON"),
         (SHAREGPT, turns(("human", "a"), ("function_call", "[]")), "a function call is empty"),
+        (
+            SHAREGPT,
+            turns(("human", "a"), ("function_call", r'{"name": "f", "arguments": {"x": ["\ud83d"]}}')),
+            "a tool call holds half a surrogate pair",
+        ),
+        *(
+            (
+                OPENAI,
+                {"messages": [user("a"), {"role": "assistant", "tool_calls": [call]}]},
+                "a tool call holds half a surrogate pair",
+            )
+            for call in (
+                {"name": "f\ud83d"},
+                {"name": "f", "arguments": r'{"\ud83d": 1}'},
+                {"name": "f", "id": "\ud83d"},
+            )
+        ),
+        (
+            ALPACA,
+            {"instruction": "a", "output": "b", "tools": [{"name": "f", "parameters": DEEP}]},
+            "tools is nested too deeply",
+        ),
+        *(
+            (ALPACA, {"instruction": "a", "output": "b", "tools": tools}, "tools holds half a surrogate pair")
+            for tools in ([{"name": "f", "description": "\ud83d"}], r'[{"name": "f", "parameters": {"\ud83d": {}}}]')
+        ),
         (SHAREGPT, turns(("human", "a"), ("function_call", '{"arguments": {}}')), "a tool call has no function name"),
         (OPENAI, {"messages": [user("a"), {"role": "assistant"}]}, "a turn has no 'content' (it has 'role')"),
         (OPENAI, {"messages": [user("a"), {"role": "assistant", "content": None}]}, "assistant turn is empty"),

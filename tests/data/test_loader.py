@@ -235,6 +235,12 @@ def test_training_on_padding_makes_padded_batches_whose_labels_are_the_pad_token
     assert batch.num_trained == 7 and batch.num_tokens == 11
 
 
+def test_an_empty_share_trains_no_padding():
+    batch = make_collate(padding_tokenizer(), padding_free=False, ignore_pad_token_for_loss=False)([])
+    assert (batch.num_trained, batch.num_tokens, batch.targets.tolist()) == (0, 0, [])
+    assert set(batch.labels.flatten().tolist()) == {IGNORE_INDEX}
+
+
 def test_token_type_ids_are_made_only_for_a_model_that_takes_them():
     rows = [sample([10, 11], [1]), sample([12, 13, 14], [1])]
     with_types = make_collate(padding_tokenizer(), padding_free=False, takes_token_type_ids=True)(rows)

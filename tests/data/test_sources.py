@@ -147,6 +147,29 @@ def test_max_samples_holds_for_each_set_and_num_samples_for_its_own(load, tmp_pa
     assert len(load(dataset=["few", "all"], max_samples=20).train) == 30
 
 
+def test_an_empty_file_is_told_where_num_samples_are_drawn(load, tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "dataset_info.json").write_text('{"it": {"file_name": "a.jsonl", "num_samples": 3}}')
+    with pytest.raises(UserError, match="holds no rows"):
+        load(dataset=["it"])
+
+
+@pytest.mark.parametrize("tokens", [None, "tokens"])
+def test_rows_that_num_samples_takes_twice_are_told_of_where_rows_are_set_aside(load, tmp_path, tokens):
+    write(tmp_path / "a.jsonl", map(pair, range(4)))
+    entries = {name: {"file_name": "a.jsonl", "num_samples": number} for name, number in (("more", 9), ("all", 4))}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    place = tokens and str(tmp_path / tokens)
+
+    def notes(name, **settings):
+        told = load(dataset=[name], tokenized_path=place, overwrite_cache=True, **settings).report.notes
+        return [note for note in told if note.startswith("val_size")]
+
+    note = "val_size: a row of more that num_samples takes twice may be both trained and evaluated on"
+    assert notes("more", val_size=0.5) == [note]
+    assert notes("more") == notes("all", val_size=0.5) == notes("more", val_size=0.5, max_samples=4) == []
+
+
 def test_num_samples_are_drawn_from_all_rows_by_the_seed(tmp_path):
     write(tmp_path / "a.jsonl", map(pair, range(30)))
     (tmp_path / "dataset_info.json").write_text('{"it": {"file_name": "a.jsonl", "num_samples": 10}}')
