@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -194,7 +195,7 @@ def preview_options(words: Sequence[str]) -> tuple[PreviewOptions, list[str], li
         mistakes.append(Problem("--rows", "", rows, "is not a number of rows", "write --rows 10"))
     if html == "":
         mistakes.append(Problem("--html", "", None, "has no value", "write --html preview.html"))
-    page = Path(html).expanduser() if html else None
+    page = Path(os.path.expanduser(html)) if html else None
     if page and (page.is_dir() or not page.parent.is_dir()):
         message = "is a folder" if page.is_dir() else "is in a folder that is not there"
         mistakes.append(Problem("--html", "", html, message, "name the file of the page, in a folder that is there"))
@@ -312,7 +313,7 @@ def wrong_template(settings: Settings) -> list[Problem]:
     from burnish.chat.named import named_templates
 
     template, names = settings.value("template"), named_templates()
-    if template is None or template in names or Path(template).expanduser().is_file():
+    if template is None or template in names or Path(os.path.expanduser(template)).is_file():
         return []
     near = get_close_matches(template, names, n=1)
     remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}, or leave it out"

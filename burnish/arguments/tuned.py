@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def for_inference(settings: Settings) -> tuple[ModelArguments, list[str]]:
     decided = settings.on_command_line("adapter_name_or_path" if is_lora else "model_name_or_path")
     if not output_dir or decided:
         return settings.model, []
-    folder, notes = _tuned(settings, Path(output_dir).expanduser(), is_lora)
+    folder, notes = _tuned(settings, Path(os.path.expanduser(output_dir)), is_lora)
     if not is_lora:
         return replace(settings.model, model_name_or_path=str(folder)), notes
     earlier = settings.model.adapter_name_or_path or []

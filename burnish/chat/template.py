@@ -7,6 +7,7 @@ Which template: the tokenizer's own, one of burnish by name (named.py), or a jin
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -49,8 +50,8 @@ def load_template(
             remedy = f"name one with --template; those that fit it: {', '.join(fitting_names(tokenizer))}"
             raise UserError(Problem(tokenizer_place(tokenizer), "", None, "has no chat template of its own", remedy))
         source = own
-    elif name not in named_templates() and (name.endswith(".jinja") or Path(name).expanduser().is_file()):
-        source = _read(str(Path(name).expanduser()))
+    elif name not in named_templates() and (name.endswith(".jinja") or Path(os.path.expanduser(name)).is_file()):
+        source = _read(str(Path(os.path.expanduser(name))))
     else:
         template = get_template(name, tokenizer)
         source, stops = template.jinja_for(tokenizer), template.stop

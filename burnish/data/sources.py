@@ -174,7 +174,7 @@ def _token_folder(
         raise UserError(Problem("data", in_memory[0].name, in_memory[0].path, message, "leave out tokenized_path"))
     description = describe(encoder, sets, seed=seed, files=on_hub)
     if named:
-        return TokenFolder(Path(named).expanduser(), description, is_named=True)
+        return TokenFolder(Path(os.path.expanduser(named)), description, is_named=True)
     return TokenFolder(token_cache() / fingerprint(description)[:32], description)
 
 

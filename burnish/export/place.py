@@ -83,7 +83,7 @@ def claim(export_dir: str, needed: int) -> Place:
 
 def _resolved(export_dir: str) -> Path:
     """Behind links: the folder that one leads to gets the model, on its own disk."""
-    return Path(export_dir).expanduser().resolve()
+    return Path(os.path.expanduser(export_dir)).resolve()
 
 
 def _wrong(export_dir: str, message: str, remedy: str) -> UserError:

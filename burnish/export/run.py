@@ -12,6 +12,7 @@ The model is in memory once: what is compared are logits of a few prompts, kept 
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def _tokenizer_faults(order: Order, args: ModelArguments) -> list[str]:
 def _card(order: Order, base: Base, report: dict[str, Any]) -> Card:
     args, adapters = order.args, order.args.adapter_name_or_path or []
     return Card(
-        name=Path(str(args.export_dir)).expanduser().absolute().name,
+        name=Path(os.path.expanduser(str(args.export_dir))).absolute().name,
         base=str(args.model_name_or_path),
         adapters=adapters,
         dtype=dtype_name(base.dtype),

@@ -7,6 +7,7 @@ a model is, is asked of transformers' public interface.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,7 +220,7 @@ def _keep_keys_and_values(model: PreTrainedModel, keep: bool) -> None:
 def _name_to_keep(args: ModelArguments, folder: Path) -> str:
     """What adapters saved later call their base: the folder from anywhere, or the name on the hub."""
     name = str(args.model_name_or_path)
-    return str(folder) if Path(name).expanduser().is_dir() else name
+    return str(folder) if Path(os.path.expanduser(name)).is_dir() else name
 
 
 def _some(names: list[str]) -> str:

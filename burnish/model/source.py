@@ -39,7 +39,7 @@ def find_model(args: ModelArguments, *, weights: bool) -> Path:
 
 def find_folder(name: str, args: ModelArguments, *, revision: str | None, weights: bool) -> Path:
     """A folder as it stands, or the cached files of the repository `name` on a hub; UserError where neither is."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder.absolute()
     if folder.is_file():
