@@ -316,19 +316,17 @@ def _row_length(settings: Settings, path: ForwardPath) -> int | None:
 def _run(settings: Settings, trainer: Trainer, resume: Path | None) -> None:
     """Train, evaluate, and leave the files that a run leaves."""
     args, folder, peers = trainer.args, trainer.output_dir, trainer.peers
+    trained: dict[str, float] = {}
     if args.do_train:
         if resume is None:
             peers.from_main(lambda: checkpoint.clear_run(folder))
-        else:
-            peers.from_main(lambda: checkpoint.clear_later(folder, resume))
-        result = trainer.train(resume)
+        trained = trainer.train(resume).metrics
         if isinstance(trainer.train_dataset, StreamedSamples):
             for line in trainer.train_dataset.known.lines():
                 console.say(line)
         trainer.save_model()
         if ranks.is_main():
             trainer.state.save_to_json(str(folder / checkpoint.STATE_FILE))
-        save_metrics(folder, "train", result.metrics)
     if args.do_eval and trainer.eval_dataset is not None:
         save_metrics(folder, "eval", trainer.evaluate_at_end())
     if args.do_train and ranks.is_main():
@@ -336,6 +334,7 @@ def _run(settings: Settings, trainer: Trainer, resume: Path | None) -> None:
         write_card(folder, settings, trainer.state)
         for line in [f"tuned model: {folder}", *(f"loss plot: {picture}" for picture in pictures)]:
             console.say(line)
+        save_metrics(folder, "train", trained)  # last: with it the run counts as finished
 
 
 def _inference_dtype(settings: Settings, device: str) -> torch.dtype:

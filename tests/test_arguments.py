@@ -300,7 +300,13 @@ def test_what_is_required_and_missing_is_told(tmp_path: Path) -> None:
         (["early_stopping_steps=3"], "early_stopping_steps 3 needs evaluation while training"),
         (["lr_scheduler_type=reduce_lr_on_plateau"], "needs evaluation while training"),
         (["lr_scheduler_type=warmup_stable_decay"], "needs num_decay_steps"),
+        (
+            ["lr_scheduler_type=constant_with_warmup", "warmup_steps=5", 'lr_scheduler_kwargs={"num_cycles": 1}'],
+            "lr_scheduler_kwargs {'num_cycles': 1} does nothing with lr_scheduler_type: constant_with_warmup",
+        ),
         (["warmup_ratio=0.1", "warmup_steps=10"], "warmup_ratio 0.1 and warmup_steps exclude each other"),
+        (["seed=4294967296"], "seed 4294967296 is not in [0, 2**32)"),
+        (["seed=-1"], "seed -1 is not in [0, 2**32)"),
         (["logging_steps=2.5"], "logging_steps 2.5 is neither a number of steps nor a share below 1"),
         (["per_device_train_batch_size=0"], "per_device_train_batch_size 0 is not at least 1"),
         (["dataloader_prefetch_factor=2"], "dataloader_prefetch_factor 2 needs workers"),
@@ -371,3 +377,10 @@ def test_a_hub_name_passes_and_a_path_must_be_there(base: dict[str, Any]) -> Non
 def test_training_is_what_train_does_unless_only_evaluation_is_asked_for(base: dict[str, Any]) -> None:
     assert train(**base).value("do_train") is True
     assert train("do_eval=true", "val_size=0.5", **base).value("do_train") is False
+
+
+def test_a_home_that_nobody_has_is_a_name_like_any_other(base: dict[str, Any]) -> None:
+    settings = train(**{**base, "output_dir": "~nobody_here/out"})
+    assert settings.value("output_dir").endswith("~nobody_here/out")
+    (line,) = mistakes("resume_from_checkpoint=~nobody_here/checkpoint-1", **base)
+    assert "is not there" in line

@@ -97,6 +97,11 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return (checkpoints(output_dir) or [None])[-1]
 
 
+def has_name(folder: Path) -> bool:
+    """Whether its name tells the step."""
+    return _NAME.match(folder.name) is not None
+
+
 def step_of(checkpoint: Path) -> int:
     match = _NAME.match(checkpoint.name)
     assert match, checkpoint
@@ -251,6 +256,8 @@ def _load_optimizer(trainer: Trainer, folder: Path) -> None:
     """
     asked = [(group["initial_lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups]
     trainer.update.load(folder)
+    for group, (rate, _) in zip(trainer.optimizer.param_groups, asked, strict=True):
+        group.setdefault("initial_lr", rate)  # not in checkpoints of older versions whose schedule goes by a metric
     trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, map_location="cpu"))
     for number, (group, (rate, decay)) in enumerate(zip(trainer.optimizer.param_groups, asked, strict=True)):
         group["weight_decay"] = decay

@@ -6,6 +6,7 @@ transformers' class raises some of them too, but one at a time and late.
 from __future__ import annotations
 
 import json
+import os
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +42,7 @@ def problems(settings: Settings) -> list[Problem]:
     found = _ranges(settings)
     if not settings.value("output_dir") and not settings.is_faulty("output_dir"):
         found.append(settings.missing("output_dir", "give the folder for the tuned model"))
-    elif settings.value("output_dir") and Path(settings.value("output_dir")).expanduser().is_file():
+    elif settings.value("output_dir") and os.path.isfile(os.path.expanduser(settings.value("output_dir"))):
         found.append(settings.problem("output_dir", "is a file", "give a folder, which need not exist"))
     found += _optimizer(settings) + _schedule(settings) + _evaluation(settings) + _best_model(settings)
     translated = any("use_reentrant_gc" in old for old, _, _ in settings.translated)  # harmless by itself there
@@ -82,7 +83,7 @@ def _ranges(settings: Settings) -> list[Problem]:
         ddp_bucket_cap_mb=at_least_1,
         dataloader_num_workers=not_negative,
         micro_batch_tokens=(lambda v: v == "auto" or (v.isdecimal() and int(v) > 0), "is no number", "16384, or auto"),
-        seed=not_negative,
+        seed=(lambda v: 0 <= v < 2**32, "is not in [0, 2**32)", "42 is usual"),  # what numpy takes
         data_seed=not_negative,
     )
     for name in ("logging", "eval", "save"):
@@ -220,6 +221,9 @@ def _schedule(settings: Settings) -> list[Problem]:
                     f'set lr_scheduler_kwargs: {{"{group[0]}": …}}',
                 )
             )
+    if kwargs and schedule in ("constant", "constant_with_warmup"):  # transformers passes them over without a word
+        does_nothing = f"does nothing with lr_scheduler_type: {schedule}"
+        found.append(settings.problem("lr_scheduler_kwargs", does_nothing, "leave it out"))
     return found
 
 
@@ -304,7 +308,8 @@ def _loading(settings: Settings) -> list[Problem]:
         remedy = "leave it out; a stream is shuffled within buffer_size rows"
         found.append(settings.problem("train_sampling_strategy", "needs all rows at hand, not a stream", remedy))
     checkpoint = settings.value("resume_from_checkpoint")
-    if checkpoint and checkpoint.lower() not in ("true", "yes", "1") and not Path(checkpoint).expanduser().is_dir():
+    is_named = checkpoint and checkpoint.lower() not in ("true", "yes", "1")
+    if is_named and not os.path.isdir(os.path.expanduser(checkpoint)):
         remedy = "give a checkpoint-N folder, true for the newest in output_dir, or leave it out"
         found.append(settings.problem("resume_from_checkpoint", "is not there", remedy))
     if not settings.value("dataloader_num_workers"):

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from burnish import console
 from burnish.errors import Problem, UserError
 from burnish.model.head import CausalLoss
 from burnish.model.patch import shape_of
@@ -309,17 +310,30 @@ def _optim_args(text: str | None) -> dict[str, Any]:
     return settings
 
 
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+
+
 def create_scheduler(args: Any, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
     """transformers' schedule of that name over `max_steps` optimizer steps."""
-    from transformers import get_scheduler
+    from transformers import SchedulerType, get_scheduler
 
-    return get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(max_steps),
-        num_training_steps=max_steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # schedules that go by a metric do not note it
+    schedule = SchedulerType(args.lr_scheduler_type).value
+    warmup_steps, kwargs = args.get_warmup_steps(max_steps), args.lr_scheduler_kwargs
+    if warmup_steps and schedule in WITHOUT_WARMUP:  # transformers passes it over without a word
+        console.warn(f"lr_scheduler_type: {schedule} has no warmup; constant_with_warmup has")
+    try:
+        return get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=warmup_steps,
+            num_training_steps=max_steps,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        reason = f"does not suit {schedule}: {error}"
+        raise UserError(Problem("--lr_scheduler_kwargs", "lr_scheduler_kwargs", kwargs, reason)) from None
 
 
 def steps_on_metric(scheduler: Any) -> bool:

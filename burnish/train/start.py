@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ SETTINGS_FILE = "burnish.yaml"
 
 def decide_start(settings: Settings) -> Path | None:
     """The checkpoint to go on from, or None to begin anew. Raises UserError where output_dir holds another run."""
-    output_dir = Path(settings.value("output_dir")).expanduser()
+    output_dir = Path(os.path.expanduser(settings.value("output_dir")))
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ".can-write").touch()
@@ -49,8 +50,8 @@ def _named_checkpoint(settings: Settings, asked: str, output_dir: Path) -> Path:
             remedy = "leave resume_from_checkpoint out to begin anew"
             raise UserError(settings.problem("resume_from_checkpoint", f"finds no checkpoint in {output_dir}", remedy))
         return last
-    path = Path(asked).expanduser()
-    if not (path / checkpoint.STATE_FILE).is_file():
+    path = Path(os.path.expanduser(asked))
+    if not checkpoint.has_name(path) or not (path / checkpoint.STATE_FILE).is_file():
         remedy = "give a folder named checkpoint-N that holds trainer_state.json"
         raise UserError(settings.problem("resume_from_checkpoint", "is no checkpoint", remedy))
     return path

@@ -106,6 +106,7 @@ class Trainer(Evaluation):
         self.stream_at: dict[str, Any] | None = None  # after the last step
         if resume is not None:
             checkpoint.load_state(self, resume)
+            self.peers.from_main(lambda: checkpoint.clear_later(self.output_dir, resume))  # nothing refuses it now
         self.state.train_batch_size = self.args.per_device_train_batch_size
         self.state.max_steps, self.state.num_train_epochs = self.steps.total, self.steps.epochs
         self.state.compute_steps(self.args, self.steps.total)
@@ -144,8 +145,9 @@ class Trainer(Evaluation):
             if self.control.should_epoch_stop or self.control.should_training_stop:
                 break
         self.tell("on_epoch_end")
-        self.epochs_ended += 1
         self._agree()
+        self._stop_if_not_finite()  # again: what the strategy `epoch` asks for is asked for only now
+        self.epochs_ended += 1
         self._maybe_log_save_evaluate()
         self._stop_if_asked_to()
 
@@ -272,9 +274,10 @@ class Trainer(Evaluation):
         self.overflows_told = overflows
         return overflows
 
-    def _stop_if_not_finite(self) -> None:
+    def _stop_if_not_finite(self, *, now: bool = False) -> None:
+        """`now`: a checkpoint follows, whatever callbacks ask for."""
         control = self.control
-        waits_anyway = control.should_log or control.should_save or control.should_evaluate
+        waits_anyway = now or control.should_log or control.should_save or control.should_evaluate
         if not (waits_anyway or control.should_training_stop or self.device.type == "cpu"):
             return
         record = self.guard.first_bad()
@@ -282,6 +285,7 @@ class Trainer(Evaluation):
             return
         details = "\n".join(filter(None, self.peers.gather(self._describe_fault(record)))) or NOT_AGAIN
         self.state.global_step, self.state.epoch, self.stream_at = record.step - 1, record.epoch, record.stream
+        self.epochs_ended = min(self.epochs_ended, self.steps.position(self.state.global_step)[0])
         self.lr_scheduler.load_state_dict(record.scheduler)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -309,6 +313,7 @@ class Trainer(Evaluation):
         name = next((each for each, count in zip(STOPPING, got, strict=True) if count), None)
         if name is None:
             return
+        self._stop_if_not_finite(now=True)
         place = checkpoint.save(self, to_go_on=True)
         raise RunStopped(
             f"stopped by {name.name} after step {self.state.global_step} of {self.state.max_steps}. "

@@ -445,3 +445,44 @@ def test_a_run_resumed_at_its_last_step_trains_no_more(tmp_path):
     run = trainer(small_model(), arguments(tmp_path, **how), samples(20))
     run.train(tmp_path / "checkpoint-3")
     assert run.state.global_step == 3
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_run_whose_schedule_goes_by_a_metric_goes_on(schedule, older, tmp_path):
+    def prepared(folder):
+        run = saving(
+            folder, num_train_epochs=2, eval_strategy="steps", eval_steps=1, learning_rate=0.5,
+            lr_scheduler_type=schedule, lr_scheduler_kwargs={"patience": 0, "factor": 0.5},
+        )  # fmt: skip
+        run.eval_dataset = samples(3, seed=5)
+        return run
+
+    def rates(run):
+        return [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+
+    whole = prepared(tmp_path)
+    whole.train()
+    file = tmp_path / "checkpoint-4" / "optimizer.pt"
+    saved = torch.load(file)
+    for group in saved["param_groups"]:
+        assert group["initial_lr"] == 0.5
+        if older:
+            del group["initial_lr"]
+    torch.save(saved, file)
+    again = prepared(tmp_path)
+    again.train(tmp_path / "checkpoint-4")
+    assert rates(again) == rates(whole) and len(set(rates(whole))) > 1
+
+
+def test_later_checkpoints_go_only_where_the_run_does_go_on(tmp_path):
+    saving(tmp_path).train()
+    scheduler = tmp_path / "checkpoint-2" / "scheduler.pt"
+    kept = scheduler.read_bytes()
+    scheduler.unlink()
+    with pytest.raises(UserError, match="holds weights only"):
+        saving(tmp_path).train(tmp_path / "checkpoint-2")
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    scheduler.write_bytes(kept)
+    saving(tmp_path)._prepare(tmp_path / "checkpoint-2")
+    assert names(tmp_path) == ["checkpoint-2"]

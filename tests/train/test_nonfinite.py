@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -269,3 +270,55 @@ def test_where_nobody_waits_for_the_device_steps_go_by_and_the_run_comes_back_to
     assert checkpoint.checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
     loop = torch.load(tmp_path / "checkpoint-2" / "rng_state.pth")["loop"]
     assert 8 < loop["loss_since_log"] < 12  # of the two good steps
+
+
+class NotFiniteAt(TrainerCallback):
+    """The loss of one step, and of no other, is not finite; later the process may get a signal."""
+
+    def __init__(self, step, signal_at=None):
+        self.step, self.signal_at = step, signal_at
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.hook = model.model.norm.register_forward_hook(lambda *call: call[-1] * float("nan"))
+        if state.global_step + 1 == self.signal_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.hook.remove()
+
+
+def stopped_as_on_cuda(folder, callback, **changes):
+    """Six steps, three an epoch, on a device that is asked only where something else waits for it too."""
+    run = trainer(small_model(), arguments(folder, num_train_epochs=2, **changes), samples(6), callbacks=[callback])
+    real = run._stop_if_not_finite
+
+    def stop(*, now=False):
+        control = run.control
+        if now or control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            real(now=now)
+
+    run._stop_if_not_finite = stop
+    with pytest.raises(RunStopped) as stopped:
+        run.train()
+    return stopped.value
+
+
+def epochs_ended_in(place):
+    return torch.load(place / "rng_state.pth")["loop"]["epochs_ended"]
+
+
+def test_an_epochs_checkpoint_is_not_written_after_a_bad_step(tmp_path):
+    stopped = stopped_as_on_cuda(tmp_path, NotFiniteAt(2), logging_strategy="no", save_strategy="epoch")
+    assert str(stopped).startswith("step 2:") and stopped.status == 1
+    assert checkpoint.checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
+    assert epochs_ended_in(tmp_path / "checkpoint-1") == 0
+
+
+@pytest.mark.parametrize("signal_at", [4, None])  # in the second epoch; at the run's end
+def test_a_bad_step_of_an_epoch_before_is_come_back_to_also_where_a_signal_stops_the_run(signal_at, tmp_path):
+    stopped = stopped_as_on_cuda(tmp_path, NotFiniteAt(2, signal_at), logging_strategy="no", save_strategy="no")
+    assert str(stopped).startswith("step 2:") and stopped.status == 1
+    assert checkpoint.checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
+    assert epochs_ended_in(tmp_path / "checkpoint-1") == 0

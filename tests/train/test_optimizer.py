@@ -330,3 +330,28 @@ def test_a_schedule_that_needs_no_metric_says_so():
         values.append(optimizer.param_groups[0]["lr"])
         optimizer.step(), scheduler.step()
     assert values == pytest.approx([0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kwargs", "told"),
+    [("cosine", {"min_lr": 1e-6}, "min_lr"), ("polynomial", {"lr_end": 1.0}, "lr_end"), ("greedy", {"x": 1}, "x")],
+)
+def test_what_a_schedule_does_not_take_is_a_mistake_of_the_settings(schedule, kwargs, told):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1e-3)
+    args = SimpleNamespace(
+        lr_scheduler_type=SchedulerType(schedule), lr_scheduler_kwargs=kwargs, get_warmup_steps=lambda steps: 0
+    )
+    with pytest.raises(UserError) as caught:
+        create_scheduler(args, optimizer, 10)
+    text = str(caught.value)
+    assert text.startswith(f"--lr_scheduler_kwargs: lr_scheduler_kwargs {kwargs!r} does not suit {schedule}: ")
+    assert told in text.partition(schedule)[2]
+
+
+@pytest.mark.parametrize(("schedule", "told"), [("constant", True), ("greedy", True), ("constant_with_warmup", False)])
+def test_a_warmup_that_a_schedule_does_not_have_is_told(schedule, told, capsys):
+    """And not refused: such files run elsewhere."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1e-3)
+    args = SimpleNamespace(lr_scheduler_type=schedule, lr_scheduler_kwargs=None, get_warmup_steps=lambda steps: 5)
+    create_scheduler(args, optimizer, 10)
+    assert (f"lr_scheduler_type: {schedule} has no warmup" in capsys.readouterr().err) == told

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from small import arguments, samples, small_model, trainer
 
+from burnish import workflow
 from burnish.arguments.parse import parse_command
 from burnish.arguments.settings import Settings
 from burnish.errors import UserError
@@ -153,6 +157,41 @@ def test_resume_from_checkpoint_may_name_one_of_any_folder(given, tmp_path):
 def test_a_folder_that_is_no_checkpoint_is_refused(given, tmp_path):
     (problem,) = refusal(settings(given, resume_from_checkpoint=tmp_path / "model"))
     assert "is no checkpoint" in problem and STATE_FILE in problem and str(tmp_path / "model") in problem
+
+
+def test_a_checkpoint_that_was_renamed_is_refused(given):
+    """Its name would tell which checkpoints are later."""
+    leave_checkpoint(settings(given), given["output_dir"], 4)
+    renamed = leave_checkpoint(None, given["output_dir"], 2).rename(given["output_dir"] / "best")
+    (problem,) = refusal(settings(given, resume_from_checkpoint=renamed))
+    assert "is no checkpoint" in problem and "give a folder named checkpoint-N" in problem
+
+
+def test_a_home_that_nobody_has_is_a_name_like_any_other(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given["output_dir"] = "~nobody_here/out"
+    place = leave_checkpoint(None, tmp_path / "~nobody_here", 2)
+    assert decide_start(settings(given)) is None
+    assert decide_start(settings(given, resume_from_checkpoint="~nobody_here/checkpoint-2")).resolve() == place
+
+
+def test_a_run_that_ends_before_all_is_written_does_not_count_as_finished(tmp_path, monkeypatch):
+    def run():
+        args = arguments(tmp_path, do_train=True, do_eval=True)
+        return trainer(small_model(), args, samples(4), eval_dataset=samples(2, seed=5))
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    alike = SimpleNamespace(finetuning=SimpleNamespace(plot_loss=False))
+    monkeypatch.setattr(workflow, "write_card", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workflow._run(alike, run(), None)
+    assert not (tmp_path / "train_results.json").exists() and (tmp_path / "eval_results.json").exists()
+    monkeypatch.setattr(workflow, "write_card", lambda *given: None)
+    workflow._run(alike, run(), None)
+    assert (tmp_path / "train_results.json").is_file()
+    assert {"train_loss", "eval_loss"} <= set(json.loads((tmp_path / "all_results.json").read_text()))
 
 
 def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_settings(given, tmp_path):
