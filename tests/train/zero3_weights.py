@@ -18,11 +18,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from small import small_model
 
+from burnish.train.deepspeed import take_over
 from burnish.tuning.fuse import fuse_lora
 
 
 def main(file: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}.meet", rank=0, world_size=1)
+    take_over("gloo", on_cuda=False)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = fuse_lora(get_peft_model(small_model("llama"), config, autocast_adapter_dtype=False))
     stage = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
