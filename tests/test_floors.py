@@ -29,7 +29,7 @@ FLOOR = {  # what is called by a name here is a file or a room of burnish/
     **dict.fromkeys(("types", "errors", "console", "ranks", "arguments", "environment"), 0),
 }
 # The arguments of a room belong to the ground floor, whatever floor the room is on.
-GROUND = {"train.fields", "train.checks", "train.training_args"}
+GROUND = {"train.fields", "train.checks", "train.training_args", "train.zero"}
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "matplotlib", "safetensors"}
 LAUNCHER = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "NNODES", "NPROC_PER_NODE"),

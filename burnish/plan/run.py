@@ -12,8 +12,9 @@ from burnish.plan.memory import Held
 from burnish.plan.model import Asked
 from burnish.plan.steps import Batching
 from burnish.prepare import why_padded
-from burnish.train.checks import AGAINST_GRAPHS, read_deepspeed
+from burnish.train.checks import AGAINST_GRAPHS
 from burnish.train.passes import AUTO
+from burnish.train.zero import read_deepspeed
 
 if TYPE_CHECKING:
     from burnish.arguments.settings import Settings

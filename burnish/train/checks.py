@@ -5,15 +5,15 @@ transformers' class raises some of them too, but one at a time and late.
 
 from __future__ import annotations
 
-import json
 import os
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from burnish.errors import Problem
 from burnish.train.fields import reporters
+from burnish.train.zero import read_deepspeed, wrong_in_deepspeed
 
 if TYPE_CHECKING:
     from burnish.arguments.settings import Settings
@@ -154,9 +154,7 @@ def _deepspeed(settings: Settings) -> list[Problem]:
         config = read_deepspeed(config)
     except ValueError as error:
         return [settings.problem("deepspeed", "is not JSON", f"correct it: {error}")]
-    if not isinstance(config, dict):
-        return [settings.problem("deepspeed", "is not an object of settings", 'write {"zero_optimization": …}')]
-    if found := _zero(settings, config):
+    if found := wrong_in_deepspeed(settings, config):
         return found
     if find_spec("deepspeed") is None:
         remedy = "pip install 'burnish[deepspeed]'"
@@ -166,35 +164,6 @@ def _deepspeed(settings: Settings) -> list[Problem]:
     if held and isinstance(zero, dict) and zero.get("stage") == 3:
         remedy = "set deepspeed: examples/deepspeed/ds_z2_config.json, which divides the optimizer"
         return [settings.problem("deepspeed", "divides weights (stage 3), which quantized ones cannot be", remedy)]
-    return []
-
-
-def read_deepspeed(given: Any) -> Any:
-    """The settings themselves: given as such, or what the file of that path holds. ValueError: it is no JSON."""
-    return json.loads(Path(given).read_text(encoding="utf-8-sig")) if isinstance(given, str) else given
-
-
-def _zero(settings: Settings, config: dict[str, Any]) -> list[Problem]:
-    """What of them says how the model is divided: DeepSpeed and accelerate end in errors of their own on the rest."""
-
-    def problem(name: str, value: Any, remedy: str) -> list[Problem]:
-        return [settings.problem("deepspeed", f"has {name} {json.dumps(value)} in it, which is none", remedy)]
-
-    remedy = 'write "zero_optimization": {"stage": 2}'
-    if "zero_optimization" not in config:
-        return [settings.problem("deepspeed", "has no zero_optimization in it", remedy)]
-    zero = config["zero_optimization"]
-    if zero is None:  # stage 0
-        return []
-    if not isinstance(zero, dict):
-        return problem("zero_optimization", zero, remedy)
-    if zero.get("stage", 0) not in (0, 1, 2, 3, "auto"):
-        return problem("stage", zero["stage"], "write 0, 1, 2 or 3")
-    for name in ("offload_optimizer", "offload_param"):
-        part = zero.get(name)
-        is_one = isinstance(part, dict) and part.get("device", "none") in ("none", "cpu", "nvme", "auto")
-        if part is not None and not is_one:
-            return problem(name, part, f'write "{name}": {{"device": "cpu"}}, or leave it out')
     return []
 
 

@@ -117,8 +117,9 @@ class Trainer(Evaluation):
         """Why batches cannot be cut into passes, if they cannot."""
         if self.is_divided:
             return "DeepSpeed divides the model"
-        padded = f"they are padded ({self.why_padded})" if self.why_padded else ""
-        return padded or ("" if self.objective.fused else "the model's own loss is a mean over each")
+        if self.why_padded:
+            return f"they are padded ({self.why_padded})"
+        return "" if self.objective.fused else "the model's own loss is a mean over each"
 
     @stop_if_out_of_memory("where the optimizer and its float32 masters are made")
     def _make_update(self) -> Any:
