@@ -13,6 +13,7 @@ from typing import Any
 from burnish import console
 from burnish.arguments.settings import Settings
 from burnish.kernels.fast_path import has_kernels
+from burnish.model.attention import choose_kernel
 from burnish.model.compile import compile_blocks, why_in_pieces
 from burnish.model.cuda_recorder import CudaRecorder
 from burnish.model.graphs import has_dropout, pays
@@ -42,6 +43,8 @@ def load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[An
     )
     check_positions(model, settings.data.cutoff_len, scaled=settings.model.rope_scaling is not None)
     model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
+    dtype = unwrap(model).get_input_embeddings().weight.dtype
+    why_torch = choose_kernel(unwrap(model).config, args.device, dtype, deterministic=args.full_determinism)
     with gathered(model.parameters()):
         path = choose_path(model, keep_padding=why_padded(settings))
     rotate_by_document(model, settings.data.cutoff_len, padding_free=path.padding_free)
@@ -49,6 +52,8 @@ def load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[An
     if on:
         enable_gradient_checkpointing(model, details)
     console.say(f"{parameter_table(model)}; {path}")
+    if why_torch and path.padding_free:
+        console.say(f"attention is torch's, which is slower on this GPU than cuDNN's: {why_torch}")
     _compile(model, path, args)
     return model, path
 

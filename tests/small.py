@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Seq2Seq
 
 from burnish.data.loader import collate
 from burnish.model.arguments import ModelArguments
+from burnish.model.attention import choose_kernel
 from burnish.model.compile import compile_blocks
 from burnish.model.head import CausalLoss, unwrap
 from burnish.model.probe import choose_path, try_out
@@ -36,6 +37,7 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+WHY_TORCH = ("", "full_determinism", "nvidia-cudnn-frontend is not installed (pip install 'burnish[cudnn]')")
 CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 
 
@@ -61,7 +63,11 @@ def tuned(model: Any, method: str, **settings: Any) -> Any:
 
 
 def on_the_fast_path(model: Any, *, compiled: bool) -> Any:
-    """As `burnish train` prepares a model: LoRA fused, on a GPU the MLP and q, k and v too, and its blocks compiled."""
+    """As `burnish train` prepares a model: attention chosen, LoRA fused, on a GPU the MLP and q, k and v too, and its
+    blocks compiled."""
+    weight = unwrap(model).get_input_embeddings().weight
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    assert choose_kernel(unwrap(model).config, weight.device, weight.dtype, deterministic=deterministic) in WHY_TORCH
     path = choose_path(fuse_lora(model))
     assert path.padding_free and path.fused_head, str(path)
     if next(model.parameters()).is_cuda:

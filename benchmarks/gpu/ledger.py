@@ -23,7 +23,7 @@ from work import make_model, make_rows
 
 FROM, STEPS = 6, 3
 GROUPS = {  # the first that matches
-    "attention": r"flash|fmha|attention",
+    "attention": r"^(?!triton_).*(flash|fmha|attention|cudnn)",  # compiled kernels are named for their neighbours
     "head softmax": r"_softmax_loss",
     "SwiGLU": r"_swiglu",
     "optimizer": r"multi_tensor|FusedAdam|adam",

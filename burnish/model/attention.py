@@ -1,9 +1,10 @@
 """Attention over samples laid end to end, registered with transformers under the name "burnish".
 
 One idea: a batch is one row of T tokens and `cu_seq_lens` says where each document begins, so no token is padding and
-no mask exists. On CUDA in bf16/fp16 it is torch's variable-length attention; elsewhere each document is attended to by
-itself. The CPU multiplies in float32 whatever the model's dtype: torch's bf16 attention there is far
-slower (benchmarks/cpu_attention.py: 13 times without bf16 instructions), and float32 is the more exact.
+no mask exists. On CUDA in bf16/fp16 it is cuDNN's attention on a Hopper chip (kernels/cudnn_attention.py) and torch's
+variable-length attention on others; elsewhere each document is attended to by itself. The CPU multiplies in float32
+whatever the model's dtype: torch's bf16 attention there is far slower (benchmarks/cpu_attention.py: 13 times without
+bf16 instructions), and float32 is the more exact.
 
 What it cannot do (softcap, sinks, masks ...) it refuses by raising `UnsupportedAttention`; the probe
 (`model/probe.py`) then leaves the model on its own path. Nothing is swallowed.
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+
+from burnish.kernels import cudnn_attention
 
 ATTENTION_NAME = "burnish"
 
@@ -35,6 +38,7 @@ def grouping(varlen: Any) -> dict[str, Any]:
 
 
 GROUPED = grouping(varlen_attn)  # once: a compiled block must not look at signatures
+WITH_CUDNN = False  # whether cuDNN's attention was tried and found right: choose_kernel
 
 
 class UnsupportedAttention(ValueError):
@@ -46,6 +50,25 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+def choose_kernel(config: Any, device: torch.device, dtype: torch.dtype, *, deterministic: bool) -> str:
+    """Let cuDNN attend where it can for a model of this `config`; → why not, where the chip asks for it, or "".
+
+    `deterministic`: the same bits in every run are wanted.
+    """
+    global WITH_CUDNN
+    config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    why = None
+    if isinstance(heads, int):
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        why = cudnn_attention.why_not(device, dtype, heads, kv_heads, head_dim)
+    if why is not None and deterministic:
+        why = "full_determinism"
+    WITH_CUDNN = why == ""
+    return why or ""
 
 
 def packed_attention(
@@ -70,7 +93,9 @@ def packed_attention(
     _refuse_what_is_not_computed(module, attention_mask, cu_seq_lens_q, others)
     assert cu_seq_lens_q is not None
     if _varlen_fits(query, value, dropout):
-        attended = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+        with_cudnn = WITH_CUDNN and sliding_window is None and cudnn_attention.fits(query[0].transpose(0, 1), value)
+        attend = _cudnn if with_cudnn else _varlen
+        attended = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
         attended = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)  # pyright: ignore
     return attended, None
@@ -102,6 +127,20 @@ def _varlen_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
     )
 
 
+def _cudnn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    max_length: int | None,
+    scaling: float | None,
+    _sliding_window: int | None,
+) -> Tensor:
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return cudnn_attention.cudnn_attention(q, k, v, cu_seq_lens, _known(max_length), scale)[None]
+
+
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -112,8 +151,7 @@ def _varlen(
     sliding_window: int | None,
 ) -> Tensor:
     """torch.nn.attention.varlen over [T, heads, head_dim]; causal is the window (-1, 0)."""
-    if max_length is None:
-        raise UnsupportedAttention("no max_length: reading it off cu_seq_lens would stop the device in every layer")
+    max_length = _known(max_length)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
     grouped = GROUPED if q.shape[1] != k.shape[1] else {}
@@ -121,6 +159,12 @@ def _varlen(
         q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window, **grouped
     )
     return attended[None]  # [1, T, heads, head_dim]
+
+
+def _known(max_length: int | None) -> int:
+    if max_length is None:
+        raise UnsupportedAttention("no max_length: reading it off cu_seq_lens would stop the device in every layer")
+    return max_length
 
 
 @torch.compiler.disable  # a document more or less would be another graph
