@@ -2,10 +2,9 @@
 
     python benchmarks/gpu/attention.py --out results/attention.json
 
-The rows are those of work.py: documents of mean 257 tokens laid end to end, with the heads of the models that sft.py
-trains. torch's is FlashAttention 2, whose instructions are those of the chips before Hopper; cuDNN's is burnish's own
-operator (burnish/kernels/cudnn_attention.py). "filled" is the same rows filled up as passes are that may be recorded:
-documents to one less than a power of two, a longest of 2,048.
+The rows are those of work.py, documents of mean 257 tokens laid end to end with the heads of the models that sft.py
+trains; and documents of 4,096 and 16,384 tokens. torch's is FlashAttention 2, whose instructions are those of the chips
+before Hopper; cuDNN's is burnish's own operator (burnish/kernels/cudnn_attention.py).
 
 Each contestant's numbers are compared with float32 attention, document by document. Its time is the median of the
 repeats, alternating, of a recorded CUDA graph: what a CPU takes to launch kernels is not in it.
@@ -25,17 +24,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from work import LONGEST, draw_lengths
+from work import draw_lengths
 
 from burnish.kernels import cudnn_attention
 from burnish.model import attention
 from burnish.model.cuda_recorder import CudaRecorder
 
-SHAPES = {  # heads, heads of keys and values, head_dim, tokens
-    "7b": (28, 4, 128, 8192),
-    "1.5b": (12, 2, 128, 16384),
-    "0.5b": (14, 2, 64, 8192),
-    "smollm2": (9, 3, 64, 8192),
+SHAPES = {  # heads, heads of keys and values, head_dim, tokens, tokens of each document (0: as in work.py)
+    "7b": (28, 4, 128, 8192, 0),
+    "7b-4096": (28, 4, 128, 8192, 4096),
+    "7b-16384": (28, 4, 128, 16384, 16384),
+    "1.5b": (12, 2, 128, 16384, 0),
+    "0.5b": (14, 2, 64, 8192, 0),
+    "smollm2": (9, 3, 64, 8192, 0),
 }
 TIMES = 10  # in one recording
 
@@ -48,17 +49,10 @@ class Rows(NamedTuple):
     cu_seq_lens: Tensor  # [documents + 1]
     longest: int
 
-    def filled(self) -> Rows:
-        documents = 2 ** (len(self.cu_seq_lens) - 1).bit_length() - 1
-        last = int(self.cu_seq_lens[-1])
-        missing = documents + 1 - len(self.cu_seq_lens)
-        borders = torch.nn.functional.pad(self.cu_seq_lens, (0, missing), value=last)
-        return self._replace(cu_seq_lens=borders, longest=LONGEST)
-
 
 def make_rows(shape: str) -> Rows:
-    heads, kv_heads, head_dim, tokens = SHAPES[shape]
-    drawn = draw_lengths(np.random.default_rng(0)).tolist()
+    heads, kv_heads, head_dim, tokens, each = SHAPES[shape]
+    drawn = [each] * tokens if each else draw_lengths(np.random.default_rng(0)).tolist()
     lengths: list[int] = []
     while sum(lengths) < tokens:
         lengths.append(min(drawn[len(lengths)], tokens - sum(lengths)))
@@ -87,15 +81,11 @@ def exact(rows: Rows) -> list[Tensor]:
 
 
 def by_document(*given: Any) -> Tensor:
-    return attention._by_document(*given, 0.0)
+    query, key, value, borders, _longest, scale, window = given
+    return attention._by_document(query, key, value, borders, scale, window, 0.0)
 
 
-CONTESTANTS: dict[str, tuple[Callable[..., Tensor], bool]] = {  # and whether its rows are filled up
-    "torch": (attention._varlen, False),
-    "cudnn": (attention._cudnn, False),
-    "torch filled": (attention._varlen, True),
-    "cudnn filled": (attention._cudnn, True),
-}
+CONTESTANTS: dict[str, Callable[..., Tensor]] = {"torch": attention._varlen, "cudnn": attention._cudnn}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -121,17 +111,16 @@ def measure(shape: str, repeats: int) -> list[dict[str, Any]]:
     rows = make_rows(shape)
     right = exact(rows)
     entries, running = [], {}
-    for name, (function, fills) in CONTESTANTS.items():
-        own = rows.filled() if fills else rows
+    for name, function in CONTESTANTS.items():
         try:
-            apart = [distance(a, b) for a, b in zip(output_and_gradients(function, own), right, strict=True)]
-            forward = recorded(lambda f=function, r=own: attend(f, r))
-            both = recorded(lambda f=function, r=own: output_and_gradients(f, r))
+            apart = [distance(a, b) for a, b in zip(output_and_gradients(function, rows), right, strict=True)]
+            forward = recorded(lambda f=function: attend(f, rows))
+            both = recorded(lambda f=function: output_and_gradients(f, rows))
         except Exception as error:  # a contestant that is not installed or cannot do it leaves the others standing
             print(f"{shape} {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
         running[name] = forward, both
-        sizes = {"documents": len(own.cu_seq_lens) - 1, "longest": own.longest}
+        sizes = {"documents": len(rows.cu_seq_lens) - 1, "longest": rows.longest}
         parts = ("o", "dq", "dk", "dv")
         entries.append({"name": f"{shape} {name}", **sizes, "apart": dict(zip(parts, apart, strict=True))})
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
@@ -142,7 +131,7 @@ def measure(shape: str, repeats: int) -> list[dict[str, Any]]:
         forward, both = (statistics.median(t) for t in zip(*times[entry["name"].partition(" ")[2]], strict=True))
         entry["forward_ms"], entry["backward_ms"] = round(forward, 4), round(both - forward, 4)
         apart = " ".join(f"{name} {value:.1e}" for name, value in entry["apart"].items())
-        print(f"{entry['name']:22} {forward:.3f} + {both - forward:.3f} ms   {apart}", flush=True)
+        print(f"{entry['name']:14} {forward:.3f} + {both - forward:.3f} ms   {apart}", flush=True)
     return entries
 
 

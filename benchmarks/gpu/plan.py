@@ -117,8 +117,8 @@ def compare(name: str, plan: dict[str, Any], measured: dict[str, Any]) -> dict[s
 
 # ---- beside what was measured before ---------------------------------------------------------------------------------
 
-DEVICES = {"NVIDIA H100 80GB HBM3": "h100"}  # torch's names of devices: plan's
-CALIBRATED_ON = {  # what the figures of burnish/plan/speed.py and memory.py were read off or chosen after
+DEVICES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}  # torch's names of devices: plan's
+CALIBRATED_ON = {  # on an H100: what the figures of burnish/plan/speed.py and memory.py were read off or chosen after
     "lora-7b-packed": ["speed", "memory"],
     "lora-7b-default": ["speed", "memory"],
     "full-1.5b-packed": ["speed", "memory"],
@@ -139,11 +139,18 @@ def compare_with(file: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         del known["measured"]
         results.append(
             known
-            | {"calibrated_on_it": CALIBRATED_ON.get(run["name"], []), "command": "burnish plan " + plan_words(run)}
+            | {"calibrated_on_it": calibrated_on(run), "command": "burnish plan " + plan_words(run)}
             | {"measured_in": file.name, **{key: run[key] for key in ("device", "date", "versions")}}
             | {"planned": datetime.date.today().isoformat(), "planned_with": sft.versions_of("torch", "transformers")}
         )
     return results
+
+
+def calibrated_on(run: dict[str, Any]) -> list[str]:
+    """What the plan's figures were read off or chosen after, of this run."""
+    if DEVICES[run["device"]] == "h200":  # `reach` in devices.py
+        return ["speed"]
+    return CALIBRATED_ON.get(run["name"], [])
 
 
 def plan_words(run: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ RUNS = {
     "lora-smollm2-packed": ("smollm2", LORA | PACKED),
     "lora-smollm2-default": ("smollm2", LORA | DEFAULT),
 }  # fmt: skip
+PACKAGES = ("torch", "transformers", "peft", "nvidia-cudnn-frontend")
 NOT_TIMED = 4
 LIMIT = 240  # seconds for one run, with the loading
 # For packed rows the peer's first attention that runs is taken: TRL's own choice, FlashAttention, may not be installed.
@@ -158,7 +160,12 @@ def peer_of(name: str, words: list[str], choices: list[str]) -> dict[str, Any] |
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in packages}
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def main() -> None:
@@ -183,7 +190,7 @@ def main() -> None:
 
     def keep(found: dict[str, Any] | None, *packages: str) -> dict[str, Any] | None:
         if found:
-            results.append(found | common | {"versions": versions_of("torch", "transformers", "peft", *packages)})
+            results.append(found | common | {"versions": versions_of(*PACKAGES, *packages)})
             print(json.dumps({key: value for key, value in found.items() if key != "command"}), flush=True)
             Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         return found

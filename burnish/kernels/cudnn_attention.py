@@ -12,8 +12,9 @@ Formula (Dao, FlashAttention-2, arXiv 2307.08691), for the tokens of one documen
     ∂Q = scale · ∂S K
     ∂K = scale · ∂Sᵀ Q                       for the heads of a group, which share K and V, added up
 
-cuDNN plans a shape before it computes it, which takes 50 ms. So shapes are few: documents without tokens fill their
-number up, and the longest counts as a power of two. Little is computed for either, but blocks of threads are started.
+cuDNN plans a shape before it computes it, and the GPU waits for 50 to 150 ms. So shapes are few, all of powers of two:
+documents without tokens fill their number up to one less, the longest counts as 2,048 or more, and so do all tokens
+where sums of ∂Q are kept. How many documents are empty does not show in the time that it takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BORDERS, LONGEST, TOKENS = 16, 512, 2048  # the least that shapes are rounded up to
+BORDERS, LONGEST, TOKENS = 16, 2048, 2048  # the least that shapes are rounded up to
 DTYPES = (torch.bfloat16, torch.float16)
 MOST = 2**31  # elements of Q that a 32-bit place in it can name
 
@@ -149,11 +150,9 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, query: Tensor, key: Tensor, borders: int, longest: int, scale: float, *, backward: bool) -> Shape:
         (tokens, heads, head_dim), device = query.shape, query.device.index or 0
-        room = _rounded(tokens, TOKENS) if backward else 0
-        most = max(_power_of_two(longest), LONGEST)
-        return cls(
-            device, query.dtype, heads, key.shape[1], head_dim, _rounded(borders, BORDERS) - 1, most, room, scale
-        )
+        documents = _power_of_two(borders, BORDERS) - 1
+        most, room = _power_of_two(longest, LONGEST), _power_of_two(tokens, TOKENS) if backward else 0
+        return cls(device, query.dtype, heads, key.shape[1], head_dim, documents, most, room, scale)
 
 
 class Plan(NamedTuple):
@@ -266,15 +265,8 @@ def _handle(device: int) -> Any:
         return cudnn.create_handle()
 
 
-def _rounded(number: int, least: int) -> int:
-    """A multiple of a power of two: at most a quarter more, and one of four in every octave."""
-    step = _power_of_two(max(number, least)) // 8
-    return max(-(-number // step) * step, least)
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is as large."""
-    return 1 << (number - 1).bit_length()
+def _power_of_two(number: int, least: int) -> int:
+    return max(1 << (number - 1).bit_length(), least)
 
 
 # ---- as operators, for torch.compile -------------------------------------------------------------------------------

@@ -70,21 +70,13 @@ def shape_of(tokens=4000, borders=17, longest=700, *, backward=True, dtype=torch
 
 
 def test_shapes_that_differ_a_little_are_one_plan():
-    assert shape_of() == shape_of(3700, 20, 1000) == shape_of(4096, 18, 1024)
-    assert shape_of().documents == 19 and shape_of().longest == 1024
-    assert shape_of(borders=2).documents == 15 and shape_of(borders=64).documents == 63
-    assert shape_of(longest=1025).longest == 2048 and shape_of(longest=3).longest == 512
+    assert shape_of() == shape_of(2100, 20, 10) == shape_of(4096, 32, 2048)
+    assert shape_of().documents == 31 and shape_of(borders=2).documents == 15 and shape_of(borders=33).documents == 63
+    assert shape_of().longest == 2048 and shape_of(longest=2049).longest == 4096
+    assert shape_of(1).tokens == 2048 and shape_of(8190).tokens == shape_of(8192).tokens == 8192
     forward = shape_of(backward=False)
     assert forward.tokens == 0 and forward == shape_of(100_000, backward=False)
     assert shape_of(dtype=torch.float16) != shape_of()
-
-
-@pytest.mark.parametrize("number", [1, 16, 17, 63, 64, 65, 2049, 8190, 16_345, 16_384, 100_001])
-def test_numbers_are_rounded_up_by_a_quarter_at_most(number):
-    assert number <= kernel._rounded(number, 16) <= max(1.25 * number, 16)
-    assert kernel._rounded(number, 2048) >= 2048
-    in_an_octave = {kernel._rounded(each, 16) for each in range(1025, 2049)}
-    assert in_an_octave == {1280, 1536, 1792, 2048}
 
 
 def test_a_layout_says_where_documents_begin_and_how_long_they_are():
