@@ -43,17 +43,19 @@ def load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[An
     )
     check_positions(model, settings.data.cutoff_len, scaled=settings.model.rope_scaling is not None)
     model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
+    keep_padding = why_padded(settings)
     dtype = unwrap(model).get_input_embeddings().weight.dtype
-    why_torch = choose_kernel(unwrap(model).config, args.device, dtype, deterministic=args.full_determinism)
+    keep = keep_padding or ("full_determinism" if args.full_determinism else "")
+    why_torch = choose_kernel(unwrap(model).config, args.device, dtype, keep=keep)
     with gathered(model.parameters()):
-        path = choose_path(model, keep_padding=why_padded(settings))
+        path = choose_path(model, keep_padding=keep_padding)
     rotate_by_document(model, settings.data.cutoff_len, padding_free=path.padding_free)
     on, details = wants_gradient_checkpointing(args)
     if on:
         enable_gradient_checkpointing(model, details)
     console.say(f"{parameter_table(model)}; {path}")
     if why_torch and path.padding_free:
-        console.say(f"attention is torch's, which is slower on this GPU than cuDNN's: {why_torch}")
+        console.say(f"attention is torch's, not cuDNN's: {why_torch}")
     _compile(model, path, args)
     return model, path
 

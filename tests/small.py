@@ -66,8 +66,8 @@ def on_the_fast_path(model: Any, *, compiled: bool) -> Any:
     """As `burnish train` prepares a model: attention chosen, LoRA fused, on a GPU the MLP and q, k and v too, and its
     blocks compiled."""
     weight = unwrap(model).get_input_embeddings().weight
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    assert choose_kernel(unwrap(model).config, weight.device, weight.dtype, deterministic=deterministic) in WHY_TORCH
+    keep = "full_determinism" if torch.are_deterministic_algorithms_enabled() else ""
+    assert choose_kernel(unwrap(model).config, weight.device, weight.dtype, keep=keep) in WHY_TORCH
     path = choose_path(fuse_lora(model))
     assert path.padding_free and path.fused_head, str(path)
     if next(model.parameters()).is_cuda:

@@ -142,13 +142,13 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     device = torch.device("cuda", 0)
-    why = cudnn_attention.why_not(device, torch.bfloat16, 4, 2, 64)
-    print(f"cuDNN's attention: {'tried' if why == '' else why}", flush=True)
+    why = cudnn_attention.try_out(device, torch.bfloat16, 4, 2, 64)
+    print(f"cuDNN's attention: {why or 'tried'}", flush=True)
     about = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "cudnn_frontend": importlib.metadata.version("nvidia-cudnn-frontend") if why == "" else None,
+        "cudnn_frontend": importlib.metadata.version("nvidia-cudnn-frontend") if not why else None,
         "date": datetime.date.today().isoformat(),
     }
     entries = [entry | about for shape in args.shape or SHAPES for entry in measure(shape, args.repeats)]

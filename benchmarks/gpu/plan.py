@@ -127,6 +127,8 @@ CALIBRATED_ON = {  # on an H100: what the figures of burnish/plan/speed.py and m
     "full-0.5b-packed": ["memory"],
 }
 
+REACH_CHOSEN_AFTER = ("lora-7b-packed", "lora-7b-default", "lora-7b-fp8", "full-1.5b-packed")  # of an H200: devices.py
+
 
 def compare_with(file: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     runs = [each for each in json.loads(file.read_text()) if each["name"] in sft.RUNS]  # and no peer's
@@ -148,8 +150,8 @@ def compare_with(file: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def calibrated_on(run: dict[str, Any]) -> list[str]:
     """What the plan's figures were read off or chosen after, of this run."""
-    if DEVICES[run["device"]] == "h200":  # `reach` in devices.py
-        return ["speed"]
+    if DEVICES[run["device"]] == "h200":
+        return ["speed"] if run["name"] in REACH_CHOSEN_AFTER else []
     return CALIBRATED_ON.get(run["name"], [])
 
 

@@ -19,7 +19,7 @@ where sums of ∂Q are kept. How many documents are empty does not show in the t
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -42,28 +42,28 @@ def cudnn_attention(
     return torch.ops.burnish.cudnn_attention(q, k, v, cu_seq_lens, longest, scale)[0]
 
 
-def fits(query: Tensor, value: Tensor) -> bool:
+def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Shapes [T, heads, head_dim] and dtypes that it is known to compute."""
     tokens, heads, head_dim = query.shape
     return (
         query.dtype in DTYPES
+        and query.dtype == key.dtype == value.dtype
         and head_dim == value.shape[-1] <= 128
         and head_dim % 8 == 0
         and tokens * heads * head_dim < MOST
     )
 
 
-def why_not(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str | None:
-    """Why it cannot be had where it is wanted, in 16 bits on a Hopper chip; "" once it was tried; None elsewhere."""
-    if dtype not in DTYPES or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    if find_spec("cudnn") is None:
-        return "nvidia-cudnn-frontend is not installed (pip install 'burnish[cudnn]')"
-    return try_out(device, dtype, heads, kv_heads, head_dim)
+def is_for(device: torch.device, dtype: torch.dtype) -> bool:
+    """16 bits on a Hopper chip."""
+    return dtype in DTYPES and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def try_out(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str:
-    """What is wrong with the numbers that it gives for four documents, forward and backward; "" where nothing is."""
+    """Why it is not to be used: it is not there, or gives other numbers than the formula for four documents, forward or
+    backward. "" where nothing is wrong."""
+    if device.type == "cuda" and find_spec("cudnn") is None:
+        return "nvidia-cudnn-frontend is not installed (pip install 'burnish[cudnn]')"
     lengths = (300, 1, 70, 141)
     borders = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     rows = torch.Generator(device).manual_seed(0)
@@ -71,7 +71,7 @@ def try_out(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
         torch.randn(sum(lengths), n, head_dim, device=device, dtype=dtype, generator=rows)
         for n in (heads, kv_heads, kv_heads, heads)
     )
-    if not fits(q, v):
+    if not fits(q, k, v):
         return f"its heads are {head_dim} wide"
     about = (borders, max(lengths), head_dim**-0.5)
     try:
@@ -82,8 +82,8 @@ def try_out(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
     q, k, v, grad = (x.float() for x in (q, k, v, grad))
     output, stats = reference(q, k, v, *about)
     right = (output, *reference_backward(grad, q, k, v, output, stats, *about))
-    apart = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(ours, right, strict=True))
-    return "" if apart < 2e-2 else f"its numbers are wrong by {apart:.1g}"
+    apart = torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(ours, right, strict=True)]).max().item()
+    return "" if apart < 2e-2 else f"its numbers are wrong by {apart:.1g}"  # not a number is wrong too
 
 
 # ---- the formula, document by document -----------------------------------------------------------------------------
@@ -94,8 +94,9 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """(O [T, heads, head_dim], L [T, heads])."""
     group = query.shape[1] // key.shape[1]
-    output, stats = torch.empty_like(query), query.new_empty(query.shape[:2])
-    for q, k, v, o, each in _documents(cu_seq_lens, query, key, value, output, stats):
+    output, stats = torch.empty_like(query), _stats_for(query)
+    wide = (x.to(stats.dtype) for x in (query, key, value))
+    for q, k, v, o, each in _documents(cu_seq_lens, *wide, output, stats):
         scores = _scores(q, k, group, scale)
         each.copy_(scores.logsumexp(-1).T)
         o.copy_(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v.repeat_interleave(group, 1)))
@@ -109,8 +110,8 @@ def reference_backward(
     """(∂Q, ∂K, ∂V) from ∂O and what the forward pass kept."""
     group = query.shape[1] // key.shape[1]
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    parts = (grad, query, key, value, output, stats, *grads)
-    for do, q, k, v, o, each, dq, dk, dv in _documents(cu_seq_lens, *parts):
+    wide = (x.to(stats.dtype) for x in (grad, query, key, value, output))
+    for do, q, k, v, o, each, dq, dk, dv in _documents(cu_seq_lens, *wide, stats, *grads):
         p = (_scores(q, k, group, scale) - each.T[..., None]).exp()  # [heads, n, n]
         dp = torch.einsum("ihd,jhd->hij", do, v.repeat_interleave(group, 1))
         ds = p * (dp - (do * o).sum(-1).T[..., None]) * scale
@@ -119,6 +120,11 @@ def reference_backward(
             of_heads = torch.einsum("hij,ihd->jhd", weights, by)
             made.copy_(of_heads.unflatten(1, (-1, group)).sum(2))
     return grads
+
+
+def _stats_for(query: Tensor) -> Tensor:
+    """Room for L, in float32 at least."""
+    return query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def _documents(cu_seq_lens: Tensor, *tensors: Tensor) -> Any:
@@ -167,7 +173,7 @@ def forward_of(
 ) -> tuple[Tensor, Tensor]:
     """(O, L) of the formula."""
     shape = Shape.of(query, key, len(cu_seq_lens), longest, scale, backward=False)
-    output, stats = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    output, stats = torch.empty_like(query), _stats_for(query)
     _run(shape, cu_seq_lens, {"q": query, "k": key, "v": value, "o": output, "stats": stats})
     return output, stats
 
@@ -203,7 +209,7 @@ def _layout(cu_seq_lens: Tensor, documents: int, tokens: int, widths: Tensor) ->
     return borders.diff(), borders * widths
 
 
-@lru_cache(maxsize=128)
+@cache  # for good: a recorded pass reads what its plans hold
 def _plan(shape: Shape) -> Plan:
     """Documents are a batch whose entries begin where `of_…` say ("ragged") and are as long as `lengths` says."""
     import cudnn
@@ -288,7 +294,7 @@ _library.impl("cudnn_attention_backward", reference_backward, "CPU")
 
 @torch.library.register_fake("burnish::cudnn_attention", lib=_library)
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    return torch.empty_like(query), _stats_for(query)
 
 
 @torch.library.register_fake("burnish::cudnn_attention_backward", lib=_library)

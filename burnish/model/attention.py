@@ -38,7 +38,8 @@ def grouping(varlen: Any) -> dict[str, Any]:
 
 
 GROUPED = grouping(varlen_attn)  # once: a compiled block must not look at signatures
-WITH_CUDNN = False  # whether cuDNN's attention was tried and found right: choose_kernel
+# The heads for which cuDNN's attention was tried and found right (choose_kernel); to a compiled block a constant.
+OF_CUDNN: tuple[int, int, int] | None = None
 
 
 class UnsupportedAttention(ValueError):
@@ -52,23 +53,32 @@ def register() -> None:
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 
-def choose_kernel(config: Any, device: torch.device, dtype: torch.dtype, *, deterministic: bool) -> str:
-    """Let cuDNN attend where it can for a model of this `config`; → why not, where the chip asks for it, or "".
+def choose_kernel(config: Any, device: torch.device, dtype: torch.dtype, *, keep: str = "") -> str:
+    """Let cuDNN attend for a model of this `config` where its chip asks for it; → why not, or "".
 
-    `deterministic`: the same bits in every run are wanted.
+    `keep` is the reason, if there is one, to leave attention to torch.
     """
-    global WITH_CUDNN
-    config = config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    why = None
-    if isinstance(heads, int):
+    global OF_CUDNN
+    OF_CUDNN = None
+    if not cudnn_attention.is_for(device, dtype):
+        return ""
+    heads = _heads_of(config)
+    why = keep or ("" if heads else f"{type(config).__name__} does not say how many heads there are")
+    if heads and not why:
+        why = cudnn_attention.try_out(device, dtype, *heads)
+        OF_CUDNN = None if why else heads
+    return why
+
+
+def _heads_of(config: Any) -> tuple[int, int, int] | None:
+    """(heads, heads of keys and values, head_dim), where all layers have the same."""
+    try:
+        config = config.get_text_config()
+        heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        why = cudnn_attention.why_not(device, dtype, heads, kv_heads, head_dim)
-    if why is not None and deterministic:
-        why = "full_determinism"
-    WITH_CUDNN = why == ""
-    return why or ""
+        return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    except (AttributeError, RuntimeError, ValueError):  # transformers says so, too, where layers differ
+        return None
 
 
 def packed_attention(
@@ -93,8 +103,7 @@ def packed_attention(
     _refuse_what_is_not_computed(module, attention_mask, cu_seq_lens_q, others)
     assert cu_seq_lens_q is not None
     if _varlen_fits(query, value, dropout):
-        with_cudnn = WITH_CUDNN and sliding_window is None and cudnn_attention.fits(query[0].transpose(0, 1), value)
-        attend = _cudnn if with_cudnn else _varlen
+        attend = _cudnn if sliding_window is None and _cudnn_fits(query, key, value) else _varlen
         attended = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
         attended = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)  # pyright: ignore
@@ -125,6 +134,12 @@ def _varlen_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
         and head_dim % 8 == 0
         and not dropout
     )
+
+
+def _cudnn_fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if OF_CUDNN is None or (query.shape[1], key.shape[1], query.shape[3]) != OF_CUDNN:
+        return False
+    return cudnn_attention.fits(*(x[0].transpose(0, 1) for x in (query, key, value)))
 
 
 def _cudnn(

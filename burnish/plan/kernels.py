@@ -1,7 +1,7 @@
 """What one launch on the GPU computes, reads and writes, and the operators that torch's compiler does not look into.
 
-Those are ours (LoRA, SwiGLU with LoRA: the formulas stand in burnish/kernels/) and torch's attention. For each: its
-kernels, and what it holds while it runs.
+Those are ours (LoRA, SwiGLU with LoRA: the formulas stand in burnish/kernels/) and torch's attention, which stands for
+cuDNN's too. For each: its kernels, and what it holds while it runs.
 """
 
 from __future__ import annotations

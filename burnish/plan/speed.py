@@ -5,8 +5,8 @@
     a step        what the GPU works, or what the CPU takes to start it all, whichever is more; and its batches
 
 The shares are those of one table, measured once on an H100 and taken for all others (devices.py says how much of its
-bandwidth an H200 reaches beside that): nothing is fitted to a configuration. Attention is torch's; cuDNN's, where
-it is installed, takes up to 2 % from a step of short documents.
+bandwidth an H200 reaches beside that): nothing is fitted to a configuration. Attention is torch's, where cuDNN's is
+installed too.
 """
 
 from __future__ import annotations

@@ -28,6 +28,12 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 pytestmark = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 pytest.importorskip("cudnn") if HOPPER else None
 DEVICE = torch.device("cuda", 0)
+OF_SMALL = (4, 2, 16)  # heads, heads of keys and values, head_dim of the small models here
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch):
+    monkeypatch.setattr(attention, "OF_CUDNN", None)
 
 
 def distance(a, b):
@@ -66,8 +72,10 @@ def test_output_and_gradients_are_those_of_attention_by_document(lengths, heads,
     (fast * weights).sum().backward()
     (slow * weights.double()).sum().backward()
     for one, other in zip(low, exact, strict=True):
-        # of one token alone the softmax is 1 whatever Q and K are
-        assert distance(one.grad, other.grad) < 2 * rounding or not other.grad.abs().max() > 1e-6
+        if other.grad.abs().max() < 1e-6:  # of one token alone the softmax is 1 whatever Q and K are
+            assert one.grad.abs().max() < 1e-2
+        else:
+            assert distance(one.grad, other.grad) < 2 * rounding
 
 
 def test_heads_that_are_parts_of_one_product_are_read_right():
@@ -85,11 +93,11 @@ def test_heads_that_are_parts_of_one_product_are_read_right():
 
 def test_it_is_chosen_after_its_numbers_were_looked_at(monkeypatch):
     model = small_model(head_dim=16, dtype=torch.bfloat16)
-    assert choose_kernel(model.config, DEVICE, torch.bfloat16, deterministic=False) == ""
-    assert attention.WITH_CUDNN
-    monkeypatch.setattr(kernel, "backward_of", lambda *_: [torch.ones(1, device=DEVICE)] * 3)
-    assert "wrong by" in choose_kernel(model.config, DEVICE, torch.bfloat16, deterministic=False)
-    assert not attention.WITH_CUDNN
+    assert choose_kernel(model.config, DEVICE, torch.bfloat16) == ""
+    assert attention.OF_CUDNN == OF_SMALL
+    monkeypatch.setattr(kernel, "backward_of", lambda grad, q, k, v, *_: (q, k, v))
+    assert "wrong by" in choose_kernel(model.config, DEVICE, torch.bfloat16)
+    assert attention.OF_CUDNN is None
 
 
 def loss_and_gradient(model, batch):
@@ -106,7 +114,7 @@ def test_a_model_has_the_loss_and_gradient_that_it_has_with_torchs_attention(com
     batch = collate(samples(30, longest=300))
     found = {}
     for with_cudnn in (False, True):
-        monkeypatch.setattr(attention, "WITH_CUDNN", with_cudnn)
+        monkeypatch.setattr(attention, "OF_CUDNN", OF_SMALL if with_cudnn else None)
         model = tuned(small_model(head_dim=16, dtype=torch.bfloat16).to(DEVICE), "full")
         assert choose_path(model).padding_free
         if compiled:
@@ -143,7 +151,7 @@ def test_it_is_recorded_and_replayed_for_other_documents():
 
 
 def test_filled_up_passes_have_the_gradient_of_those_that_are_not(monkeypatch):
-    monkeypatch.setattr(attention, "WITH_CUDNN", True)
+    monkeypatch.setattr(attention, "OF_CUDNN", OF_SMALL)
     model = tuned(small_model(head_dim=16, dtype=torch.bfloat16).to(DEVICE), "full")
     assert choose_path(model).padding_free
     batch = collate(samples(9))
