@@ -45,7 +45,7 @@ def load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[An
     model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
     keep_padding = why_padded(settings)
     dtype = unwrap(model).get_input_embeddings().weight.dtype
-    keep = keep_padding or ("full_determinism" if args.full_determinism else "")
+    keep = keep_padding or why_torchs(settings, args)
     why_torch = choose_kernel(unwrap(model).config, args.device, dtype, keep=keep)
     with gathered(model.parameters()):
         path = choose_path(model, keep_padding=keep_padding)
@@ -128,6 +128,13 @@ def _recording_pays(settings: Settings, args: Any, model: Any, rows: Any) -> boo
     most = AUTO if args.micro_batch_tokens == "auto" else int(args.micro_batch_tokens)
     of_a_step = of_a_row * args.per_device_train_batch_size * args.gradient_accumulation_steps
     return pays(find_blocks(unwrap(model)).values(), min(of_a_step, most))
+
+
+def why_torchs(settings: Settings, args: Any) -> str:
+    """The setting that leaves attention to torch, if one does."""
+    if settings.model.flash_attn == "fa2":
+        return "flash_attn: fa2 is FlashAttention 2"
+    return "full_determinism adds up in one order" if args.full_determinism else ""
 
 
 def why_padded(settings: Settings) -> str:

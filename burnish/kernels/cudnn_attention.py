@@ -20,6 +20,7 @@ where sums of ∂Q are kept. How many documents are empty does not show in the t
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -195,10 +196,8 @@ def _run(shape: Shape, cu_seq_lens: Tensor, tensors: dict[str, Tensor]) -> None:
     lengths, places = _layout(cu_seq_lens, shape.documents, len(tensors["q"]), plan.widths)
     tensors |= dict(zip(("of_q", "of_k", "of_stats"), places, strict=True)) | {"lengths": lengths}
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=lengths.device)
-    import cudnn
-
     handle = _handle(shape.device)
-    cudnn.set_stream(handle, torch.cuda.current_stream(shape.device).cuda_stream)
+    _frontend().set_stream(handle, torch.cuda.current_stream(shape.device).cuda_stream)
     plan.graph.execute({plan.uids[name]: x for name, x in tensors.items()}, workspace, handle=handle)
 
 
@@ -212,8 +211,7 @@ def _layout(cu_seq_lens: Tensor, documents: int, tokens: int, widths: Tensor) ->
 @cache  # for good: a recorded pass reads what its plans hold
 def _plan(shape: Shape) -> Plan:
     """Documents are a batch whose entries begin where `of_…` say ("ragged") and are as long as `lengths` says."""
-    import cudnn
-
+    cudnn = _frontend()
     device, dtype, heads, kv_heads, head_dim, documents, longest, tokens, scale = shape
     float32, int32 = cudnn.data_type.FLOAT, cudnn.data_type.INT32
     own = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}[dtype]
@@ -265,10 +263,14 @@ def _plan(shape: Shape) -> Plan:
 
 @cache
 def _handle(device: int) -> Any:
-    import cudnn
-
     with torch.cuda.device(device):
-        return cudnn.create_handle()
+        return _frontend().create_handle()
+
+
+@cache
+def _frontend() -> Any:
+    """The package nvidia-cudnn-frontend, which not everybody has."""
+    return import_module("cudnn")
 
 
 def _power_of_two(number: int, least: int) -> int:

@@ -55,8 +55,8 @@ class ModelArguments:
     flash_attn: Literal["auto", "fa2", "fa3", "sdpa", "disabled", "off"] = field(
         default="auto",
         metadata={
-            "help": "Attention: auto, fa2 and fa3 are burnish's variable-length attention, "
-            "sdpa is torch's over padded rows, disabled (off) is the model's own plain code."
+            "help": "Attention: auto and fa3 are variable-length attention, by cuDNN on a Hopper chip, else by torch; "
+            "fa2 is torch's everywhere, sdpa is torch's over padded rows, disabled (off) is the model's own plain code."
         },
     )
     quantization_bit: int | None = field(

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import make_run
 from transformers import Gemma4TextConfig, MambaConfig, MusicgenConfig, Qwen3Config
 
+from burnish.cli import main
 from burnish.kernels import cudnn_attention as kernel
 from burnish.model import attention
 from burnish.model.attention import _by_document, choose_kernel, packed_attention
@@ -19,6 +21,13 @@ from burnish.model.attention import _by_document, choose_kernel, packed_attentio
 LENGTHS = [5, 1, 0, 9, 2, 0]
 BORDERS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
 CPU = torch.device("cpu")
+DETERMINISTIC = (  # what full_determinism sets and leaves
+    "CUDA_LAUNCH_BLOCKING",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "ASCEND_LAUNCH_BLOCKING",
+    "HCCL_DETERMINISTIC",
+    "FLASH_ATTENTION_DETERMINISTIC",
+)
 
 
 def rows(heads, kv_heads, head_dim, dtype=torch.float64):
@@ -152,6 +161,31 @@ def test_a_model_whose_layers_differ_or_have_no_heads_keeps_torchs(config, monke
     monkeypatch.setattr(kernel, "try_out", lambda *what: pytest.fail(f"tried with {what}"))
     assert "does not say how many heads" in choose_kernel(config, HOPPER, torch.bfloat16)
     assert choose_kernel(config, CPU, torch.float32) == "" and attention.OF_CUDNN is None
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("flash_attn=auto", None),
+        ("flash_attn=fa3", None),
+        ("flash_attn=fa2", "flash_attn: fa2 is FlashAttention 2"),
+        ("full_determinism=true", "full_determinism adds up in one order"),
+        ("flash_attn=sdpa", None),  # padded: nothing to choose
+    ],
+)
+def test_a_run_says_which_setting_leaves_attention_to_torch(words, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernel, "is_for", lambda *_: True)
+    monkeypatch.setattr(kernel, "try_out", lambda *_: "")
+    for name in DETERMINISTIC:
+        monkeypatch.setenv(name, "as it was")
+    given = [*make_run(tmp_path, rows=4), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", words]
+    try:
+        assert main(["train", *given]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    said = [line for line in capsys.readouterr().out.splitlines() if "attention is torch's" in line]
+    assert said == ([f"attention is torch's, not cuDNN's: {why}"] if why else [])
+    assert (attention.OF_CUDNN is None) is (why is not None or words == "flash_attn=sdpa")
 
 
 @pytest.mark.parametrize(
