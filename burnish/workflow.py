@@ -37,11 +37,11 @@ from burnish.data.sources import Datasets, get_dataset
 from burnish.data.store import SampleStore
 from burnish.data.stream import StreamedSamples
 from burnish.environment import quiet_deepspeed
-from burnish.errors import RunStopped, UserError
+from burnish.errors import Problem, RunStopped, UserError
 from burnish.export.run import Order, export_model
 from burnish.generate.engine import Engine
-from burnish.model.head import CausalLoss
-from burnish.model.loader import compute_dtype, load_model
+from burnish.model.head import CausalLoss, unwrap
+from burnish.model.loader import compute_dtype, load_model, num_rows
 from burnish.model.positions import warn_of_positions
 from burnish.model.probe import ForwardPath
 from burnish.model.tokenizer import load_tokenizer
@@ -274,6 +274,7 @@ def _make_trainer(
     datasets: Datasets,
     callbacks: Callbacks,
 ) -> Trainer:
+    _refuse_ids_without_rows(datasets, num_rows(unwrap(model)), tokenizer)
     tuning = settings.finetuning
     own: list[TrainerCallback] = [LogCallback(args.output_dir), ProgressCallback()]
     if tuning.early_stopping_steps:
@@ -301,6 +302,21 @@ def _make_trainer(
         recorder=may_record(settings, args, model, path, datasets.train),
         beside_weights=lambda folder: settings.dump(folder / "burnish.yaml"),
     )
+
+
+def _refuse_ids_without_rows(datasets: Datasets, rows: int, tokenizer: Any) -> None:
+    """Some tokenizers have a token that their model has no row for (fit_vocabulary has said so): no text may hold it.
+
+    Raises UserError. A stream is not read for it: nobody knows what is in there.
+    """
+    if max(tokenizer.get_vocab().values()) < rows:
+        return
+    for store in (datasets.train, *datasets.eval.values()):
+        sample = store.first_beyond(rows) if isinstance(store, SampleStore) else None
+        if sample is not None:
+            token = tokenizer.convert_ids_to_tokens(int(sample.input_ids.max()))
+            message = "is a token that the model has no row for"
+            raise UserError(Problem(sample.place, "", token, message, "take it out of the text, or resize_vocab: true"))
 
 
 def _row_length(settings: Settings, path: ForwardPath) -> int | None:

@@ -22,6 +22,8 @@ import numpy as np
 
 from burnish.types import Sample
 
+CHUNK = 2**24  # ids that are looked at together
+
 
 @dataclass(frozen=True, eq=False)
 class SampleStore:
@@ -86,6 +88,14 @@ class SampleStore:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
+
+    def first_beyond(self, ids: int) -> Sample | None:
+        """The first sample with an id that is none of the first so many."""
+        for begin in range(0, len(self.input_ids), CHUNK):
+            found = self.input_ids[begin : begin + CHUNK] >= ids
+            if found.any():
+                return self[int(np.searchsorted(self.offsets, begin + found.argmax(), side="right")) - 1]
+        return None
 
     def _place(self, index: int) -> str:
         file, line = self.files[self.place_file[index]], self.place_line[index]

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
+from burnish.data import store as store_module
 from burnish.data.store import SampleStore
 from burnish.types import IGNORE_INDEX, Sample
 
@@ -56,6 +57,21 @@ def test_lengths_and_trained_tokens_are_known_without_making_samples():
 def test_the_first_label_of_a_sample_never_counts_as_trained():
     store = SampleStore.from_samples([sample([1, 2], [1, 1]), sample([3], [1])])
     assert store.num_trained.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_the_first_sample_with_an_id_beyond_a_number_is_found(chunk, monkeypatch):
+    monkeypatch.setattr(store_module, "CHUNK", chunk)
+    store = SampleStore.from_samples(SAMPLES)
+    found = {ids: store.first_beyond(ids) for ids in (1, 4, 5, 9, 10)}
+    assert [each and each.place for each in found.values()] == [
+        "a.jsonl:1",
+        "b.jsonl:2",
+        "a.jsonl:30",
+        "somewhere",
+        None,
+    ]
+    assert SampleStore.from_samples([]).first_beyond(0) is None
 
 
 def test_joined_stores_hold_all_samples_in_order():

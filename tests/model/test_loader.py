@@ -5,9 +5,18 @@ import json
 import pytest
 import torch
 from families import SHAPE, VOCABULARY, ids, logits, make, save, save_tokenizer
+from processes import make_run
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from burnish.cli import main
 from burnish.errors import UserError
 from burnish.model.arguments import ModelArguments
 from burnish.model.loader import fit_vocabulary, load_model, parameter_table
@@ -306,6 +315,22 @@ def test_a_token_that_came_without_a_row_is_said_and_the_model_still_serves(tmp_
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     fit_vocabulary(make("llama"), tokenizer, ModelArguments(model_name_or_path=str(tmp_path)))
     assert "the model has no row for <image>" in capsys.readouterr().err
+
+
+def test_text_with_a_token_that_has_no_row_is_refused_where_it_stands(tmp_path, capsys):
+    given = [*make_run(tmp_path, rows=12), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert main(["train", *given]) == 0  # no text holds it
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    rows[4] = json.dumps({"instruction": "a b", "output": "c <image> d"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    capsys.readouterr()
+    assert main(["train", *given, "--overwrite_output_dir"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "rows.jsonl:5: '<image>' is a token that the model has no row for; take it out of the text" in said
+    assert main(["train", *given, "--overwrite_output_dir", "--resize_vocab"]) == 0
 
 
 # The rest
