@@ -15,11 +15,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from sft import RUNS
+from sft import RUNS, work_of
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
-from work import make_model, make_rows
 
 FROM, STEPS = 6, 3
 GROUPS = {  # the first that matches
@@ -82,18 +81,16 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--smollm2", help="folder of the real SmolLM2-135M-Instruct, for the runs of that name")
     parser.add_argument("--run", choices=RUNS, required=True)
     parser.add_argument("--folder", default="/tmp/burnish-work")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    folder = Path(args.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    make_rows(Path(args.tokenizer), folder / "rows.json")
-    shape, settings = RUNS[args.run]
+    model, rows = work_of(args.run, args)
     with tempfile.TemporaryDirectory() as output:
-        settings = settings | {
-            "model_name_or_path": make_model(shape, Path(args.tokenizer), folder), "dataset": folder / "rows.json",
+        settings = RUNS[args.run][1] | {
+            "model_name_or_path": model, "dataset": rows,
             "output_dir": output, "max_steps": FROM + STEPS + 1, "logging_steps": 100,
         }  # fmt: skip
         recorder = Recorder()

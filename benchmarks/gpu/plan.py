@@ -164,7 +164,7 @@ def words_of_measured(run: dict[str, Any], args: argparse.Namespace) -> list[str
     folder, shape = Path(args.folder), sft.RUNS[run["name"]][0]
     real = shape == "smollm2"
     model = Path(args.smollm2) if real else folder / f"{shape}-without-weights"
-    rows = folder / ("rows-smollm2.json" if real else "rows.json")
+    rows, _ = sft.rows_of(run["name"], folder)
     own = {"model_name_or_path": model, "dataset": rows, "output_dir": folder / "none"}
     return [*plan_words(run).split(), *(f"{key}={value}" for key, value in own.items()), *args.set]
 
@@ -172,17 +172,17 @@ def words_of_measured(run: dict[str, Any], args: argparse.Namespace) -> list[str
 def make_without_weights(file: Path, args: argparse.Namespace) -> None:
     """config.json and the tokenizer of each shape, and the rows."""
     folder, tokenizer = Path(args.folder), Path(args.tokenizer)
-    shapes = {sft.RUNS[each["name"]][0] for each in json.loads(file.read_text()) if each["name"] in sft.RUNS}
+    names = [each["name"] for each in json.loads(file.read_text()) if each["name"] in sft.RUNS]
+    shapes = {sft.RUNS[name][0] for name in names}
     if "smollm2" in shapes and not args.smollm2:
         raise SystemExit("one of the runs needs --smollm2 FOLDER")
-    make_rows(tokenizer, folder / "rows.json")
+    for (rows, lengths), is_real in {(sft.rows_of(name, folder), sft.RUNS[name][0] == "smollm2") for name in names}:
+        make_rows(Path(args.smollm2) if is_real else tokenizer, rows, lengths)
     for shape in shapes - {"smollm2"}:
         place = folder / f"{shape}-without-weights"
         Qwen2Config(**SHAPES[shape], max_position_embeddings=32768).save_pretrained(place)
         for each in tokenizer.glob("tokenizer*.json"):
             shutil.copyfile(each, place / each.name)
-    if "smollm2" in shapes:
-        make_rows(Path(args.smollm2), folder / "rows-smollm2.json")
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from work import flops_per_token, make_model, make_rows
+from work import LONG, USUAL, Lengths, flops_per_token, make_model, make_rows
 
 BASE = {
     "stage": "sft", "do_train": True, "template": "empty", "train_on_prompt": True, "cutoff_len": 2048, "bf16": True,
@@ -44,6 +44,7 @@ RUNS = {
     "full-1.5b-packed": (
         "1.5b", BASE | PACKED | {"finetuning_type": "full", "per_device_train_batch_size": 2, "learning_rate": 1e-5}
     ),
+    "lora-7b-long": ("7b", LORA | PACKED | {"cutoff_len": 16384}),
     "lora-7b-checkpointed": ("7b", LORA | PACKED | {"gradient_checkpointing": True}),
     "freeze-7b": ("7b", BASE | PACKED | {"finetuning_type": "freeze", "learning_rate": 1e-5}),
     "lora-1.5b-packed": ("1.5b", LORA | PACKED),
@@ -57,7 +58,7 @@ PACKAGES = ("torch", "transformers", "peft", "nvidia-cudnn-frontend")
 NOT_TIMED = 4
 LIMIT = 240  # seconds for one run, with the loading
 # For packed rows the peer's first attention that runs is taken: TRL's own choice, FlashAttention, may not be installed.
-ATTENTION = {"packed": ["flex_attention", "sdpa"], "default": ["sdpa"]}
+ATTENTION = {"packed": ["flex_attention", "sdpa"], "long": ["flex_attention", "sdpa"], "default": ["sdpa"]}
 
 
 class Clock(TrainerCallback):
@@ -103,6 +104,13 @@ def add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", default="/tmp/burnish-work", help="where models and rows are made")
 
 
+def rows_of(name: str, folder: Path) -> tuple[Path, Lengths]:
+    """The file of a run's rows, and their lengths."""
+    if RUNS[name][0] == "smollm2":
+        return folder / "rows-smollm2.json", USUAL
+    return (folder / "rows-long.json", LONG) if name.endswith("-long") else (folder / "rows.json", USUAL)
+
+
 def work_of(name: str, args: argparse.Namespace) -> tuple[Path, Path]:
     """The model's folder and the file of rows, made if they are not there; rows are of words of the model's own."""
     shape, folder = RUNS[name][0], Path(args.folder)
@@ -111,9 +119,9 @@ def work_of(name: str, args: argparse.Namespace) -> tuple[Path, Path]:
     if real and not args.smollm2:
         raise SystemExit(f"{name} needs --smollm2 FOLDER")
     tokenizer = Path(args.smollm2 if real else args.tokenizer)
-    rows = folder / ("rows-smollm2.json" if real else "rows.json")
+    rows, lengths = rows_of(name, folder)
     if not rows.exists():
-        make_rows(tokenizer, rows)
+        make_rows(tokenizer, rows, lengths)
     return tokenizer if real else make_model(shape, tokenizer, folder), rows
 
 

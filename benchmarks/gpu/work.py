@@ -1,7 +1,8 @@
 """The same work for every contestant: models of public shapes with random weights, and rows of real lengths.
 
-Rows have lengths as real instruction data have them (lognormal, mean 257 tokens, 32 to 2,048) and are made of words
-that are one token each. Weights are random: how long a matrix product takes does not depend on what is learned.
+Rows have lengths as real instruction data have them (lognormal, mean 257 tokens, 32 to 2,048), or are long ones (mean
+6,000, 512 to 16,384), and are made of words that are one token each. Weights are random: how long a matrix product
+takes does not depend on what is learned.
 """
 
 from __future__ import annotations
@@ -11,12 +12,24 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-ROWS, MEAN, SPREAD, SHORTEST, LONGEST = 4000, 257.0, 0.9, 32, 2048
+
+class Lengths(NamedTuple):
+    """Of so many rows: the mean of their tokens, the spread of its logarithm, the least and the most."""
+
+    rows: int
+    mean: float
+    spread: float
+    shortest: int
+    longest: int
+
+
+USUAL, LONG = Lengths(4000, 257.0, 0.9, 32, 2048), Lengths(400, 6000.0, 0.6, 512, 16384)
 _ROPE = {"rope_theta": 1e6, "rope_type": "default"}
 SHAPES = {  # of Qwen2.5
     "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
@@ -44,14 +57,15 @@ def make_model(shape: str, tokenizer: Path, folder: Path) -> Path:
     return place
 
 
-def draw_lengths(rng: np.random.Generator) -> np.ndarray:
+def draw_lengths(rng: np.random.Generator, of: Lengths = USUAL) -> np.ndarray:
     """Tokens of each row."""
-    return rng.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, ROWS).clip(SHORTEST, LONGEST).astype(int)
+    drawn = rng.lognormal(np.log(of.mean) - of.spread**2 / 2, of.spread, of.rows)
+    return drawn.clip(of.shortest, of.longest).astype(int)
 
 
-def make_rows(tokenizer: Path, file: Path) -> Path:
+def make_rows(tokenizer: Path, file: Path, of: Lengths = USUAL) -> Path:
     rng = np.random.default_rng(0)
-    lengths = draw_lengths(rng)
+    lengths = draw_lengths(rng, of)
     words = _words(PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json")))
     rows = []
     for length in lengths:
