@@ -33,9 +33,10 @@ from burnish.tuning.fuse import fuse_lora, fuse_mlp, fuse_qkv
 
 def load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[Any, ForwardPath]:
     """The model with what is trained marked, and the path its arithmetic allows."""
+    dtype = compute_dtype(args.bf16 or settings.finetuning.pure_bf16, args.device, fp16=args.fp16)
     model = load_model(
         settings.model,
-        dtype=compute_dtype(args.bf16 or settings.finetuning.pure_bf16, args.device, fp16=args.fp16),
+        dtype=dtype,
         trainable=True,
         device="cpu" if stage_of(args) == 3 else args.device,  # ZeRO-3 puts every process's part where it belongs
         tokenizer=tokenizer,
@@ -44,7 +45,6 @@ def load_for_training(settings: Settings, args: Any, tokenizer: Any) -> tuple[An
     check_positions(model, settings.data.cutoff_len, scaled=settings.model.rope_scaling is not None)
     model = fuse_lora(init_adapter(model, settings.finetuning, settings.model, trainable=True))
     keep_padding = why_padded(settings)
-    dtype = unwrap(model).get_input_embeddings().weight.dtype
     keep = keep_padding or why_torchs(settings, args)
     why_torch = choose_kernel(unwrap(model).config, args.device, dtype, keep=keep)
     with gathered(model.parameters()):

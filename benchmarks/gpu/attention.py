@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import statistics
 from collections.abc import Callable
@@ -23,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sft import versions_of
 from torch import Tensor
 from work import draw_lengths
 
-from burnish.kernels import cudnn_attention
 from burnish.model import attention
 from burnish.model.cuda_recorder import CudaRecorder
 
@@ -66,7 +65,7 @@ def make_rows(shape: str) -> Rows:
 
 
 def attend(function: Callable[..., Tensor], rows: Rows) -> Tensor:
-    return function(*rows[:3], rows.cu_seq_lens, rows.longest, None, None)
+    return function(*rows[:3], rows.cu_seq_lens, rows.longest, None)
 
 
 def output_and_gradients(function: Callable[..., Tensor], rows: Rows) -> list[Tensor]:
@@ -81,8 +80,8 @@ def exact(rows: Rows) -> list[Tensor]:
 
 
 def by_document(*given: Any) -> Tensor:
-    query, key, value, borders, _longest, scale, window = given
-    return attention._by_document(query, key, value, borders, scale, window, 0.0)
+    query, key, value, borders, _longest, scale = given
+    return attention._by_document(query, key, value, borders, scale, None, 0.0)
 
 
 CONTESTANTS: dict[str, Callable[..., Tensor]] = {"torch": attention._varlen, "cudnn": attention._cudnn}
@@ -141,14 +140,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    device = torch.device("cuda", 0)
-    why = cudnn_attention.try_out(device, torch.bfloat16, 4, 2, 64)
-    print(f"cuDNN's attention: {why or 'tried'}", flush=True)
     about = {
         "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "cudnn_frontend": importlib.metadata.version("nvidia-cudnn-frontend") if not why else None,
+        "versions": versions_of("torch", "nvidia-cudnn-frontend") | {"cudnn": torch.backends.cudnn.version()},
         "date": datetime.date.today().isoformat(),
     }
     entries = [entry | about for shape in args.shape or SHAPES for entry in measure(shape, args.repeats)]

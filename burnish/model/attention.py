@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from burnish.kernels import cudnn_attention
+from burnish.model.source import first_line
 
 ATTENTION_NAME = "burnish"
 
@@ -65,7 +66,10 @@ def choose_kernel(config: Any, device: torch.device, dtype: torch.dtype, *, keep
     heads = _heads_of(config)
     why = keep or ("" if heads else f"{type(config).__name__} does not say how many heads there are")
     if heads and not why:
-        why = cudnn_attention.try_out(device, dtype, *heads)
+        try:
+            why = cudnn_attention.try_out(device, dtype, *heads)
+        except Exception as error:  # whatever the library raises means one thing: not this way
+            why = f"{type(error).__name__}: {first_line(error)}"
         OF_CUDNN = None if why else heads
     return why
 
@@ -102,11 +106,12 @@ def packed_attention(
     """
     _refuse_what_is_not_computed(module, attention_mask, cu_seq_lens_q, others)
     assert cu_seq_lens_q is not None
-    if _varlen_fits(query, value, dropout):
-        attend = _cudnn if sliding_window is None and _cudnn_fits(query, key, value) else _varlen
-        attended = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-    else:
+    if not _varlen_fits(query, value, dropout):
         attended = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)  # pyright: ignore
+    elif sliding_window is None and _cudnn_fits(query, key, value):
+        attended = _cudnn(query, key, value, cu_seq_lens_q, max_length_q, scaling)
+    else:
+        attended = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     return attended, None
 
 
@@ -139,7 +144,7 @@ def _varlen_fits(query: Tensor, value: Tensor, dropout: float) -> bool:
 def _cudnn_fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if OF_CUDNN is None or (query.shape[1], key.shape[1], query.shape[3]) != OF_CUDNN:
         return False
-    return cudnn_attention.fits(*(x[0].transpose(0, 1) for x in (query, key, value)))
+    return cudnn_attention.fits(*_tokens_first(query, key, value))
 
 
 def _cudnn(
@@ -149,9 +154,8 @@ def _cudnn(
     cu_seq_lens: Tensor,
     max_length: int | None,
     scaling: float | None,
-    _sliding_window: int | None,
 ) -> Tensor:
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
+    q, k, v = _tokens_first(query, key, value)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return cudnn_attention.cudnn_attention(q, k, v, cu_seq_lens, _known(max_length), scale)[None]
 
@@ -163,17 +167,22 @@ def _varlen(
     cu_seq_lens: Tensor,
     max_length: int | None,
     scaling: float | None,
-    sliding_window: int | None,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """torch.nn.attention.varlen over [T, heads, head_dim]; causal is the window (-1, 0)."""
     max_length = _known(max_length)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
+    q, k, v = _tokens_first(query, key, value)
     grouped = GROUPED if q.shape[1] != k.shape[1] else {}
     attended: Any = varlen_attn(
         q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window, **grouped
     )
     return attended[None]  # [1, T, heads, head_dim]
+
+
+def _tokens_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[1, heads, T, head_dim] → [T, heads, head_dim]."""
+    return query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
 
 
 def _known(max_length: int | None) -> int:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish import console
+from burnish.kernels.cudnn_plan import power_of_two
 from burnish.model.head import CausalLoss, decoder_of, unwrap
 from burnish.model.patch import size_of
 from burnish.model.source import first_line
@@ -99,9 +100,9 @@ def fill(batch: Batch) -> Batch:
     borders, tokens = batch.inputs["cu_seq_lens_q"], batch.labels.shape[1]
     most = -(-tokens // TOKENS) * TOKENS
     added = (0, most - tokens)
-    filled = torch.full((_power_of_two(len(borders) + 1, BORDERS),), most, dtype=borders.dtype)
+    filled = torch.full((power_of_two(len(borders) + 1, BORDERS),), most, dtype=borders.dtype)
     filled[: len(borders)] = borders
-    longest = _power_of_two(batch.inputs["max_length_q"], LONGEST)
+    longest = power_of_two(batch.inputs["max_length_q"], LONGEST)
     inputs = {
         "input_ids": nn.functional.pad(batch.inputs["input_ids"], added),
         "position_ids": nn.functional.pad(batch.inputs["position_ids"], added),
@@ -111,10 +112,6 @@ def fill(batch: Batch) -> Batch:
         "max_length_k": longest,
     }
     return replace(batch, inputs=inputs, labels=nn.functional.pad(batch.labels, added, value=IGNORE_INDEX))
-
-
-def _power_of_two(number: int, least: int) -> int:
-    return max(1 << (number - 1).bit_length(), least)
 
 
 def pays(blocks: Iterable[nn.Module], tokens: float) -> bool:

@@ -65,7 +65,7 @@ LENGTHS = {
 def test_output_and_gradients_are_those_of_attention_by_document(lengths, heads, kv_heads, head_dim, dtype, rounding):
     low, borders = parts(lengths, heads, kv_heads, head_dim, dtype)
     exact = [x.detach().double().requires_grad_() for x in low]
-    fast = attention._cudnn(*low, borders, max(lengths), None, None)
+    fast = attention._cudnn(*low, borders, max(lengths), None)
     slow = _by_document(*exact, borders, None, None, 0.0)
     assert fast.shape == slow.shape and distance(fast, slow) < rounding
     weights = torch.randn_like(slow).to(dtype)
@@ -87,7 +87,7 @@ def test_heads_that_are_parts_of_one_product_are_read_right():
         for x in whole.split([n * head_dim for n in (heads, kv_heads, kv_heads)], -1)
     )
     borders = torch.tensor([0, 100, 128], dtype=torch.int32, device=DEVICE)
-    fast = attention._cudnn(q, k, v, borders, max(lengths), None, None)
+    fast = attention._cudnn(q, k, v, borders, max(lengths), None)
     assert distance(fast, _by_document(q.double(), k.double(), v.double(), borders, None, None, 0.0)) < 1e-2
 
 
@@ -133,7 +133,7 @@ def test_it_is_recorded_and_replayed_for_other_documents():
     def work():
         for x in (q, k, v):
             x.grad = None
-        output = attention._cudnn(q, k, v, borders, 256, None, None)
+        output = attention._cudnn(q, k, v, borders, 256, None)
         output.backward(grad)
         made.update(o=output.detach(), q=q.grad, k=k.grad, v=v.grad)
 

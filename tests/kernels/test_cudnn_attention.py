@@ -15,6 +15,7 @@ from transformers import Gemma4TextConfig, MambaConfig, MusicgenConfig, Qwen3Con
 
 from burnish.cli import main
 from burnish.kernels import cudnn_attention as kernel
+from burnish.kernels import cudnn_plan as plan
 from burnish.model import attention
 from burnish.model.attention import _by_document, choose_kernel, packed_attention
 
@@ -50,7 +51,7 @@ def results(attend, parts):
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 8), (6, 2, 8), (3, 1, 16)])
 def test_the_operator_gives_output_and_gradients_of_attention_by_document(heads, kv_heads, head_dim, compiled):
     def ours(q, k, v, borders=BORDERS, longest=9):
-        return attention._cudnn(q, k, v, borders, longest, 0.3, None)
+        return attention._cudnn(q, k, v, borders, longest, 0.3)
 
     parts = rows(heads, kv_heads, head_dim)
     expected = results(lambda *qkv: _by_document(*(x.float() for x in qkv), BORDERS, 0.3, None, 0.0).double(), parts)
@@ -77,7 +78,7 @@ def test_torch_finds_nothing_wrong_with_the_operator(dtype):
 
 def shape_of(tokens=4000, borders=17, longest=700, *, backward=True, dtype=torch.bfloat16):
     q, k = torch.empty(tokens, 8, 64, dtype=dtype, device="meta"), torch.empty(tokens, 2, 64, device="meta")
-    return kernel.Shape.of(q, k, borders, longest, 0.125, backward=backward)
+    return plan.Shape.of(q, k, borders, longest, 0.125, backward=backward)
 
 
 def test_shapes_that_differ_a_little_are_one_plan():
@@ -92,11 +93,11 @@ def test_shapes_that_differ_a_little_are_one_plan():
 
 def test_a_layout_says_where_documents_begin_and_how_long_they_are():
     borders = torch.tensor([0, 3, 10], dtype=torch.int32)
-    lengths, places = kernel._layout(borders, 4, 10, torch.tensor([[8], [4], [2]], dtype=torch.int32))
+    lengths, places = plan.layout_of(borders, 4, 10, torch.tensor([[8], [4], [2]], dtype=torch.int32))
     assert lengths.tolist() == [3, 7, 0, 0]
     assert places.tolist() == [[0, 24, 80, 80, 80], [0, 12, 40, 40, 40], [0, 6, 20, 20, 20]]
     assert lengths.dtype == places.dtype == torch.int32
-    exact, _ = kernel._layout(borders, 2, 10, torch.ones(3, 1, dtype=torch.int32))
+    exact, _ = plan.layout_of(borders, 2, 10, torch.ones(3, 1, dtype=torch.int32))
     assert exact.tolist() == [3, 7]
 
 
@@ -232,7 +233,10 @@ def test_its_numbers_are_looked_at_before_it_is_used(factor, why, monkeypatch):
 
     monkeypatch.setattr(kernel, "forward_of", kernel.reference)
     monkeypatch.setattr(kernel, "backward_of", backward)
-    assert kernel.try_out(CPU, torch.bfloat16, 4, 2, 16) == why
+    monkeypatch.setattr(kernel, "is_for", lambda *_: True)
+    config = Qwen3Config(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    assert choose_kernel(config, CPU, torch.bfloat16) == why
+    assert attention.OF_CUDNN is None if why else attention.OF_CUDNN == (4, 2, 16)
 
 
 def test_heads_that_it_does_not_take_are_told():
