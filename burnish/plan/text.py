@@ -36,7 +36,8 @@ def _title(plan: Plan) -> str:
 def _memory(plan: Plan) -> Iterator[str]:
     yield f"{'memory of a device':<{WIDTH}}      GiB"
     for name, size in sorted(plan.memory.parts.items(), key=lambda part: -part[1]):
-        yield _row(name, size / GIB, 2)
+        if size >= GIB / 200:  # less is 0.00
+            yield _row(name, size / GIB, 2)
     yield _row("peak", plan.memory.allocated / GIB, 2, f"as torch counts it, in: {plan.memory.moment}")
     beside = CONTEXT + BETWEEN * plan.memory.allocated
     yield _row("beside it", beside / GIB, 2, "CUDA context and fragmentation: an allowance, not measured")
