@@ -77,7 +77,7 @@ def launch(words: Sequence[str], devices: int) -> NoReturn:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # a process of the run has told what ended it
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    for name, value in _environment(devices).items():
+    for name, value in environment(devices).items():
         os.environ.setdefault(name, value)
     here = str(Path(__file__).resolve().parents[1])  # burnish may be a checkout that is not installed
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
@@ -106,7 +106,7 @@ def _torchruns_words(devices: int) -> list[str]:
     return command
 
 
-def _environment(devices: int) -> dict[str, str]:
+def environment(devices: int) -> dict[str, str]:
     """What torchrun else sets too low: one thread a process, and 30 seconds to write a checkpoint after a signal."""
     asked = os.environ.get("NPROC_PER_NODE", "")
     processes = int(asked) if asked.isdecimal() else devices

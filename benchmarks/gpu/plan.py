@@ -156,7 +156,8 @@ def calibrated_on(run: dict[str, Any]) -> list[str]:
 
 
 def plan_words(run: dict[str, Any]) -> str:
-    return f"{run['command'].removeprefix('burnish train ')} --device {DEVICES[run['device']]}"
+    several = f" --devices {run['gpus']}" if "gpus" in run else ""
+    return f"{run['command'].removeprefix('burnish train ')} --device {DEVICES[run['device']]}{several}"
 
 
 def words_of_measured(run: dict[str, Any], args: argparse.Namespace) -> list[str]:

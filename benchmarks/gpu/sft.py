@@ -1,12 +1,15 @@
-"""Tokens per second and peak memory of `burnish train` on one GPU.
+"""Tokens per second and peak memory of `burnish train` on one GPU or several of one machine.
 
     python benchmarks/gpu/sft.py --tokenizer FOLDER --run lora-7b-packed --run lora-7b-default --out FILE.json
     python benchmarks/gpu/sft.py --tokenizer FOLDER --run lora-0.5b-packed --peer trl --out FILE.json
+    python benchmarks/gpu/sft.py --tokenizer FOLDER --run full-1.5b-packed --gpus 2 --out FILE.json
 
 Every run is a command of a user (in the result file), started as `burnish train` starts it in a process of its own; a
 callback notes the device's clock after every step and asks nothing of the device while it works. The first steps are
 not timed. Real tokens alone count, and all tokens of the rows are trained. With `--peer trl` each run is followed by
-the same work in peers.py. The file is written after every run; one that fails prints its end, and the next is started.
+the same work in peers.py. With `--gpus` a run is a process for each, started as `burnish train` starts them; its tokens
+and FLOPs are those of all, its memory that of one. The file is written after every run; one that fails prints its end,
+and the next is started.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +31,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from work import LONG, USUAL, Lengths, flops_per_token, make_model, make_rows
+
+from burnish import ranks
 
 BASE = {
     "stage": "sft", "do_train": True, "template": "empty", "train_on_prompt": True, "cutoff_len": 2048, "bf16": True,
@@ -141,15 +147,26 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"name": name, **clock.result(), "command": command}
 
 
-def result_of(script: str, words: list[str]) -> dict[str, Any] | None:
-    """The result of a run in a process of its own; None, with the end of what it printed, where there is none."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *words]
+def result_of(script: str, words: list[str], gpus: int = 1) -> dict[str, Any] | None:
+    """The result of a run in a process (or several) of its own; None, with the end of what it printed, where there is
+    none."""
+    # Without `--` torchrun takes `--run` for one of its own options, shortened.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus), "--"] if gpus > 1 else []
+    command = [sys.executable, *torchrun, str(Path(__file__).with_name(script)), *words]
+    environment = (ranks.environment(gpus) if gpus > 1 else {}) | os.environ
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
         try:
-            subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, timeout=LIMIT)
+            process.wait(LIMIT)
             why = "no result"
         except subprocess.TimeoutExpired:
             why = f"not done after {LIMIT} s"
+            process.terminate()  # torchrun then ends its processes, which would work on beside the next run
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
         said.seek(0)
         text = said.read()
     lines = [line for line in text.splitlines() if line.startswith("RESULT ")]
@@ -181,6 +198,7 @@ def main() -> None:
     parser.add_argument("--run", action="append", choices=RUNS, required=True)
     add_work(parser)
     parser.add_argument("--set", action="append", default=[], help="a setting of burnish's more, as key=value")
+    parser.add_argument("--gpus", type=int, default=1, help="processes, each with a GPU of its own (default: 1)")
     parser.add_argument("--peer", choices=["trl"], help="run the same work with it, right after each run")
     parser.add_argument("--peer-steps", type=int, help="timed steps of the peer (default: --steps)")
     parser.add_argument("--peer-attention", action="append", help="only these (default: what runs, flex first)")
@@ -189,11 +207,16 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one run, in this process
     args = parser.parse_args()
     if args.alone:
-        print("RESULT " + json.dumps(run(args.run[0], args)))
+        result = run(args.run[0], args)
+        if ranks.is_main():
+            print("RESULT " + json.dumps(result))
         return
+    if args.gpus < 1 or (args.gpus > 1 and args.peer):
+        parser.error("--gpus takes a number from 1 on, and the peer runs on one GPU")
     shared = ["--tokenizer", args.tokenizer, "--steps", str(args.steps), "--folder", args.folder]
     shared += ["--smollm2", args.smollm2] if args.smollm2 else []
     common = {"device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
+    common |= {"gpus": args.gpus} if args.gpus > 1 else {}
     results = []
 
     def keep(found: dict[str, Any] | None, *packages: str) -> dict[str, Any] | None:
@@ -205,7 +228,11 @@ def main() -> None:
 
     for name in args.run:
         more = [word for setting in args.set for word in ("--set", setting)]
-        ours = keep(result_of("sft.py", ["--run", name, *shared, *more, "--out", args.out, "--alone"]))
+        if args.gpus > 1:
+            work_of(name, args)  # made by one process, which then holds none of it
+            torch.cuda.empty_cache()
+        alone = ["--run", name, *shared, *more, "--out", args.out, "--alone"]
+        ours = keep(result_of("sft.py", alone, args.gpus))
         if args.peer:
             more = [word for setting in args.peer_set for word in ("--set", setting)]
             choices = args.peer_attention or ATTENTION[name.rpartition("-")[2]]

@@ -20,7 +20,7 @@ from burnish import ranks
 from burnish.errors import Problem, RunStopped, UserError
 
 MIB = 2**20
-BUCKET_MIB = 25  # gradients travel in pieces of about this size, as in torch's DistributedDataParallel
+BUCKET_MIB = 25  # gradients travel in pieces of about this size (one that is larger is one), as in torch's DDP
 
 T = TypeVar("T")
 
@@ -134,6 +134,9 @@ def add_gradients(weights: Sequence[nn.Parameter], peers: Peers, bucket_mib: flo
             weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in moving if weight.grad is not None]
     for bucket in _buckets(gradients, (bucket_mib or BUCKET_MIB) * MIB):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            continue
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in bucket])
@@ -141,14 +144,19 @@ def add_gradients(weights: Sequence[nn.Parameter], peers: Peers, bucket_mib: flo
 
 
 def _buckets(gradients: Sequence[Tensor], size: float) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of one dtype, each list of about `size` bytes."""
+    """Lists of gradients of one dtype, of about `size` bytes; one that is as large comes by itself, before smaller ones
+    near it, for it need not be copied."""
     bucket: list[Tensor] = []
     filled = 0
     for gradient in gradients:
+        own = gradient.numel() * gradient.element_size()
+        if own >= size:
+            yield [gradient]
+            continue
         if bucket and (filled >= size or gradient.dtype != bucket[0].dtype):
             yield bucket
             bucket, filled = [], 0
         bucket.append(gradient)
-        filled += gradient.numel() * gradient.element_size()
+        filled += own
     if bucket:
         yield bucket

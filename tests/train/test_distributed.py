@@ -159,7 +159,7 @@ def test_a_checkpoint_of_two_processes_is_not_gone_on_with_by_one(
 def test_gradients_travel_in_buckets_of_one_dtype() -> None:
     gradients = [torch.zeros(size) for size in (100, 200, 1000, 10)] + [torch.zeros(5, dtype=torch.bfloat16)]
     sizes = [[gradient.numel() for gradient in bucket] for bucket in peers._buckets(gradients, size=4 * 300)]
-    assert sizes == [[100, 200], [1000], [10], [5]]
+    assert sizes == [[1000], [100, 200], [10], [5]]
 
 
 def test_one_process_asks_nobody() -> None:
@@ -188,6 +188,11 @@ if rank:
     weights[1].grad = torch.full((3,), 7.0)
 add_gradients(weights, peers, bucket_mib=1e-6)
 assert weights[0].grad.tolist() == [3.0] * 3 and weights[1].grad.tolist() == [7.0] * 3 and weights[2].grad is None
+for size in (None, 1e-6):  # both in one piece, and each alone; the first does not lie in one piece itself
+    pair = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(2))]
+    pair[0].grad, pair[1].grad = torch.arange(6.0).view(2, 3).T * (1 + rank), torch.ones(2)
+    add_gradients(pair, peers, bucket_mib=size)
+    assert pair[0].grad.tolist() == [[0.0, 9.0], [3.0, 12.0], [6.0, 15.0]] and pair[1].grad.tolist() == [2.0, 2.0]
 own = nn.Parameter(torch.full((2,), float(rank)))
 share_weights([own], peers)
 assert own.tolist() == [0.0, 0.0]
