@@ -34,7 +34,7 @@ quickstart: .venv/.installed $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/confi
 
 test: lint
 	$(BIN)/python scripts/fixtures.py || test -z "$$CI"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -188,7 +188,7 @@ def test_processes_that_a_script_starts_read_its_args_file_too(
 
     monkeypatch.chdir(place)
     monkeypatch.setenv("FORCE_TORCHRUN", "1")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
     monkeypatch.setattr("burnish.ranks.launch", launch)
     with pytest.raises(SystemExit):
         cli.main(["train", *FP16.split()])

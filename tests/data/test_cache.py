@@ -163,7 +163,7 @@ def with_another_token(tokenizer):
         of_template(name="vicuna"),
         with_another_token,
     ],
-    ids=str,
+    ids=lambda change: str(change) if isinstance(change, dict) else change.__name__,
 )
 def test_other_settings_templates_and_tokenizers_find_no_tokens_of_these(load, place, tokenizer, change):
     columns = {"prompt": "output", "response": "instruction"}
