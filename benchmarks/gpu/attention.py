@@ -35,6 +35,8 @@ SHAPES = {  # heads, heads of keys and values, head_dim, tokens, tokens of each 
     "7b-16384": (28, 4, 128, 16384, 16384),
     "1.5b": (12, 2, 128, 16384, 0),
     "0.5b": (14, 2, 64, 8192, 0),
+    "0.5b-4096": (14, 2, 64, 8192, 4096),
+    "0.5b-16384": (14, 2, 64, 16384, 16384),
     "smollm2": (9, 3, 64, 8192, 0),
 }
 TIMES = 10  # in one recording
