@@ -127,7 +127,7 @@ CALIBRATED_ON = {  # on an H100: what the figures of burnish/plan/speed.py and m
     "full-0.5b-packed": ["memory"],
 }
 
-REACH_CHOSEN_AFTER = ("lora-7b-packed", "lora-7b-default", "lora-7b-fp8", "full-1.5b-packed")  # of an H200: devices.py
+REACH_CHOSEN_AFTER = ("sft-h200.json", "sft-h200-cudnn.json")  # all runs in them; of an H200: devices.py
 
 
 def compare_with(file: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -141,17 +141,17 @@ def compare_with(file: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         del known["measured"]
         results.append(
             known
-            | {"calibrated_on_it": calibrated_on(run), "command": "burnish plan " + plan_words(run)}
+            | {"calibrated_on_it": calibrated_on(run, file.name), "command": "burnish plan " + plan_words(run)}
             | {"measured_in": file.name, **{key: run[key] for key in ("device", "date", "versions")}}
             | {"planned": datetime.date.today().isoformat(), "planned_with": sft.versions_of("torch", "transformers")}
         )
     return results
 
 
-def calibrated_on(run: dict[str, Any]) -> list[str]:
-    """What the plan's figures were read off or chosen after, of this run."""
+def calibrated_on(run: dict[str, Any], file: str) -> list[str]:
+    """What the plan's figures were read off or chosen after, of this run in that file."""
     if DEVICES[run["device"]] == "h200":
-        return ["speed"] if run["name"] in REACH_CHOSEN_AFTER else []
+        return ["speed"] if file in REACH_CHOSEN_AFTER else []
     return CALIBRATED_ON.get(run["name"], [])
 
 
