@@ -3,7 +3,8 @@
 
 Everything is done as a user would do it: a data set with its dataset_info.json, a YAML, `burnish train` on that YAML,
 and the tuned model asked through what `burnish chat` uses. All of it stays in quickstart/ to be read, changed and run
-again. Ends with status 1 when the training failed, or when the answers afterwards are not what they should be.
+again. Ends with status 1 when the training failed, or when the answers afterwards are not what they should be, and
+with 2 where there is no such model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,5 +181,19 @@ def main() -> int:
     return 0 if verdict.is_good else 1
 
 
+def told(work: Callable[[], int]) -> int:
+    """As `burnish` ends where it is given what it cannot use, or Ctrl-C."""
+    from burnish.errors import UserError
+
+    try:
+        return work()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

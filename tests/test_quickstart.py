@@ -61,3 +61,15 @@ def test_the_verdict_looks_for_names_in_some_answers_and_for_facts_without_names
 def test_long_answers_are_cut_at_a_word_and_line_breaks_go():
     assert quickstart.tidy("one\n\ntwo  three", 100) == "one two three"
     assert quickstart.tidy("one two three", 9) == "one two …"
+
+
+def test_a_model_that_is_not_there_and_ctrl_c_are_told_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()  # else it is the name of a model on a hub
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    assert quickstart.told(lambda: quickstart.ask(["--model_name_or_path", "models/nope"])) == 2
+    assert capsys.readouterr().err.startswith("--model_name_or_path: 'models/nope' is not there; looked for ")
+    assert quickstart.told(stopped) == 130 and capsys.readouterr().err == "interrupted\n"

@@ -384,7 +384,7 @@ def test_what_a_parser_of_files_stumbles_over_is_one_problem(
         (f"learning_rate={'9' * 400}", "is too large a number; write a number such as 0.1 or 1e-5"),
         ("lr_scheduler_kwargs={a: 2024-13-45}", "is not JSON (month must be in 1..12); check its brackets and quotes"),
         (f'lr_scheduler_kwargs={{"a": {DEEP}', "is not JSON (it is nested too deeply); check its brackets and quotes"),
-        ("val_size=-1", "is neither a share below 1 nor a number of rows; 0.1"),
+        ("val_size=-1", "is neither a share below 1 nor a number of rows; write a share such as 0.1"),
         ("dataset=~nobody_here/x", "is not there; data/dataset_info.json has other names"),
     ],
     ids=["seed", "learning_rate", "month 13", "deep", "val_size", "dataset"],

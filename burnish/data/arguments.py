@@ -100,7 +100,7 @@ def problems(settings: Settings) -> list[Problem]:
         val_size=(
             lambda v: v >= 0 and (v < 1 or v == int(v)),
             "is neither a share below 1 nor a number of rows",
-            "0.1",
+            "write a share such as 0.1",
         ),
         max_samples=(lambda v: v >= 1, "is not at least 1", "give a number of rows"),
         max_bad_rows=(lambda v: v >= 0, "is below 0", "0.01 is one row in a hundred"),
