@@ -116,8 +116,8 @@ def _paint_training(axes: Axes, curves: list[Curve]) -> None:
     smoothed = smooth(values)
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=1.2, marker=marker, label="each log step")
-    axes.plot(steps, smoothed, color=COLOURS[0], linewidth=2.2, marker=marker, label="moving average")
-    _point_out(axes, steps[-1], smoothed[-1], f"average {smoothed[-1]:.3f}", COLOURS[0])
+    axes.plot(steps, smoothed, color=COLOURS[0], linewidth=2.2, marker=marker, label="moving average, its end marked")
+    _point_out(axes, steps[-1], smoothed[-1], f"{smoothed[-1]:.3f}", COLOURS[0])
     axes.legend(frameon=False, fontsize=11)
 
 

@@ -59,8 +59,8 @@ def test_the_picture_holds_every_loss_and_their_average(tmp_path: Path, figures:
     [figure] = figures
     losses = [logs["loss"] for logs in TRAINING]
     assert lines_of(figure)["each log step"] == losses
-    assert lines_of(figure)["moving average"] == smooth(losses)
-    assert texts_of(figure) == [f"average {smooth(losses)[-1]:.3f}"]
+    assert lines_of(figure)["moving average, its end marked"] == smooth(losses)
+    assert texts_of(figure) == [f"{smooth(losses)[-1]:.3f}"]
     axes = figure.axes[0]
     assert axes.get_title(loc="left") == "my-run · training loss"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "training loss")
