@@ -48,8 +48,13 @@ SECONDS_FOR_THE_MAIN = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
+    return status_of(lambda: _run(words))
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """With which status `work` ends; what stops it is told in a line each."""
     try:
-        return _run(words)
+        return work()
     except UserError as error:
         if not ranks.is_local_main():  # which found the same and tells it; its launcher then ends this process too
             time.sleep(SECONDS_FOR_THE_MAIN)

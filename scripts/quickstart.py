@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,19 +180,7 @@ def main() -> int:
     return 0 if verdict.is_good else 1
 
 
-def told(work: Callable[[], int]) -> int:
-    """As `burnish` ends where it is given what it cannot use, or Ctrl-C."""
-    from burnish.errors import UserError
-
-    try:
-        return work()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
 if __name__ == "__main__":
-    sys.exit(told(main))
+    from burnish.cli import status_of
+
+    sys.exit(status_of(main))

@@ -7,6 +7,8 @@ import json
 import pytest
 import quickstart
 
+from burnish.cli import status_of
+
 
 def test_no_question_of_the_quickstart_stands_in_its_data():
     rows = json.loads((quickstart.ROOT / "data" / "identity.json").read_text(encoding="utf-8"))
@@ -70,6 +72,6 @@ def test_a_model_that_is_not_there_and_ctrl_c_are_told_in_a_line(tmp_path, monke
     def stopped():
         raise KeyboardInterrupt
 
-    assert quickstart.told(lambda: quickstart.ask(["--model_name_or_path", "models/nope"])) == 2
+    assert status_of(lambda: quickstart.ask(["--model_name_or_path", "models/nope"])) == 2
     assert capsys.readouterr().err.startswith("--model_name_or_path: 'models/nope' is not there; looked for ")
-    assert quickstart.told(stopped) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert status_of(stopped) == 130 and capsys.readouterr().err == "interrupted\n"

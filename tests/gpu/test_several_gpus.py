@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, losses, make_run, run, start, weights
+from processes import ROOT, losses, make_run, run, start_without_end, take_back_to_checkpoint_3, weights
 from safetensors.torch import load_file
 
 from burnish.kernels.frozen_linear import has_fp8_units
@@ -23,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
     pytest.mark.slow,
 ]
+SEEN = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2]
 METHODS = {
     "full": ["--finetuning_type", "full"],
     "freeze": ["--finetuning_type", "freeze", "--freeze_trainable_layers", "1"],
@@ -37,19 +36,14 @@ DESCENT = ["--optim", "sgd", "--max_grad_norm", "0", "--learning_rate", "0.2"]
 
 
 def on_one(words: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", _seen()[0])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", SEEN[0])
     return run(1, [*words, "--per_device_train_batch_size", "4", "--output_dir", str(out)])
 
 
 def on_two(words: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same command by itself: it starts a process for each GPU that it sees."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(_seen()[:2]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(SEEN))
     return run(1, [*words, "--per_device_train_batch_size", "2", "--output_dir", str(out)])
-
-
-def _seen(given: str | None = os.environ.get("CUDA_VISIBLE_DEVICES")) -> list[str]:
-    """The devices that these tests were started with."""
-    return given.split(",") if given else ["0", "1"]
 
 
 def tokens(folder: Path) -> int:
@@ -103,9 +97,7 @@ def test_two_gpus_go_on_from_a_checkpoint_to_the_same_bits(
     words, out = [*make_run(tmp_path), *METHODS["lora"], *path, "--full_determinism"], tmp_path / "out"
     on_two(words, out, monkeypatch)
     whole, final = losses(out), weights(out)
-    for name in ("train_results.json", "all_results.json", "adapter_model.safetensors"):
-        (out / name).unlink()
-    shutil.rmtree(out / "checkpoint-6")
+    take_back_to_checkpoint_3(out)
     assert "going on from checkpoint-3" in on_two(words, out, monkeypatch)
     assert losses(out) == whole
     assert all(torch.equal(weight, final[name]) for name, weight in weights(out).items())
@@ -114,17 +106,10 @@ def test_two_gpus_go_on_from_a_checkpoint_to_the_same_bits(
 def test_a_signal_stops_both_after_the_same_step_with_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(_seen()[:2]))
-    words, out = [*make_run(tmp_path), *METHODS["full"], *BF16], tmp_path / "out"
-    words[words.index("--max_steps") + 1] = "100000"
-    words[words.index("--save_steps") + 1] = "1000000"
-    words[words.index("--eval_steps") + 1] = "1000000"
-    process = start(1, [*words, "--output_dir", str(out)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(SEEN))
+    out = tmp_path / "out"
+    process = start_without_end(1, [*make_run(tmp_path), *METHODS["full"], *BF16], out)
     try:
-        log = out / "trainer_log.jsonl"
-        deadline = time.monotonic() + 200
-        while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
-            time.sleep(0.2)
         os.kill(process.pid, signal.SIGTERM)  # the command, which hands it on to the processes that it started
         said, _ = process.communicate(timeout=120)
     finally:

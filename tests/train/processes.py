@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,25 @@ def start(processes: int, words: list[str]) -> subprocess.Popen[str]:
         text=True,
         stdin=subprocess.DEVNULL,
     )
+
+
+def start_without_end(processes: int, words: list[str], out: Path) -> subprocess.Popen[str]:
+    """The command of make_run, but it goes on until it is stopped; some steps of it are done."""
+    words = list(words)
+    for name, steps in (("--max_steps", "100000"), ("--save_steps", "1000000"), ("--eval_steps", "1000000")):
+        words[words.index(name) + 1] = steps
+    process = start(processes, [*words, "--output_dir", str(out)])
+    log, deadline = out / "trainer_log.jsonl", time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return process
+
+
+def take_back_to_checkpoint_3(out: Path) -> None:
+    """What a run of make_run's command that was killed behind that checkpoint would have left."""
+    for file in [out / "train_results.json", out / "all_results.json", *out.glob("*model.safetensors")]:
+        file.unlink()
+    shutil.rmtree(out / "checkpoint-6")
 
 
 def run(processes: int, words: list[str], status: int = 0) -> str:

@@ -9,14 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.run
-from processes import ROOT, environment, losses, make_run, run, run_script, start, weights
+from processes import (
+    ROOT,
+    environment,
+    losses,
+    make_run,
+    run,
+    run_script,
+    start_without_end,
+    take_back_to_checkpoint_3,
+    weights,
+)
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -64,9 +73,7 @@ def test_two_processes_of_two_rows_train_what_one_of_four_does_and_go_on_after_a
     )
 
     whole = losses(out)
-    for name in ("train_results.json", "all_results.json", "model.safetensors"):
-        (out / name).unlink()
-    shutil.rmtree(out / "checkpoint-6")
+    take_back_to_checkpoint_3(out)
     assert "going on from checkpoint-3" in run(2, words)
     assert losses(out) == whole
     assert_same_training(one, out)
@@ -83,9 +90,7 @@ def test_zero_3_trains_what_one_process_does_and_saves_the_whole_model(
     assert_same_training(one, out)
 
     whole, final = losses(out), weights(out)
-    for name in ("train_results.json", "all_results.json", "model.safetensors"):
-        (out / name).unlink()
-    shutil.rmtree(out / "checkpoint-6")
+    take_back_to_checkpoint_3(out)
     assert "going on from checkpoint-3" in run(2, words)
     assert losses(out) == whole
     assert all(torch.equal(weight, final[name]) for name, weight in weights(out).items())
@@ -123,16 +128,8 @@ def test_an_adapter_trains_under_zero_2_and_without_a_launcher_too(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step_with_a_whole_checkpoint(tmp_path: Path) -> None:
-    words = make_run(tmp_path)
     out = tmp_path / "out"
-    words[words.index("--max_steps") + 1] = "100000"
-    words[words.index("--save_steps") + 1] = "1000000"
-    words[words.index("--eval_steps") + 1] = "1000000"
-    process = start(2, [*words, *FULL, "--per_device_train_batch_size", "2", "--output_dir", str(out)])
-    log = out / "trainer_log.jsonl"
-    deadline = time.monotonic() + 200
-    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    process = start_without_end(2, [*make_run(tmp_path), *FULL, "--per_device_train_batch_size", "2"], out)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)  # not the main process
     output, _ = process.communicate(timeout=120)
